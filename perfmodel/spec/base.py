@@ -1,0 +1,66 @@
+"""What every spec shares: frozen records that refuse unknown keys, unit-typed fields, and sources."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from perfmodel import units
+
+
+class Spec(BaseModel):
+    """A frozen record; a key nobody declared is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _positive(text: Any, kind: str) -> float:
+    value = units.parse(text, kind)
+    if value <= 0:
+        raise ValueError(f"{text!r} must be positive")
+    return value
+
+
+def _non_negative(text: Any, kind: str) -> float:
+    value = units.parse(text, kind)
+    if value < 0:
+        raise ValueError(f"{text!r} must not be negative")
+    return value
+
+
+def _quantity(kind: str, check: Any = _positive) -> Any:
+    return Annotated[float, BeforeValidator(partial(check, kind=kind)), Field(json_schema_extra={"unit": kind})]
+
+
+if TYPE_CHECKING:
+    Size = Bandwidth = Flops = Time = Rate = Frequency = Power = Energy = Money = Price = EnergyPrice = float
+    Count = Natural = int
+    Fraction = float
+else:
+    Size = _quantity("size")
+    Bandwidth = _quantity("bandwidth")
+    Flops = _quantity("flops")
+    Time = _quantity("time", _non_negative)
+    Rate = _quantity("rate")
+    Frequency = _quantity("frequency")
+    Power = _quantity("power", _non_negative)
+    Energy = _quantity("energy")
+    Money = _quantity("money", _non_negative)
+    Price = _quantity("price", _non_negative)
+    EnergyPrice = _quantity("energy_price", _non_negative)
+    Count = Annotated[int, Field(ge=1)]
+    Natural = Annotated[int, Field(ge=0)]
+    Fraction = Annotated[float, Field(ge=0, le=1)]
+
+UNVERIFIED = "unverified"
+
+
+class Source(Spec):
+    """Where a number was read: a document that was opened, with the date of reading or publication."""
+
+    title: str
+    url: str | None = None
+    date: str | None = None
+    note: str | None = None

@@ -1,0 +1,157 @@
+"""Read YAML strictly: YAML 1.2 scalars, no duplicate keys, and the line of every value kept for errors."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from perfmodel.errors import SpecError, did_you_mean
+
+T = TypeVar("T", bound=BaseModel)
+Key = tuple[str | int, ...]
+
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+# YAML 1.2 core schema. PyYAML's own resolver reads 989e12 as text, 'on' as true and 12:30 as 750.
+_NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
+_BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
+_INT = re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*$")
+_FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
+_SPECIAL = {".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
+
+
+@dataclass(frozen=True)
+class Document:
+    """Plain data plus the line (1-based) on which each path starts."""
+
+    data: Any
+    file: str
+    lines: dict[Key, int] = field(default_factory=dict)
+
+    def line(self, path: Key) -> int | None:
+        """Line of the longest known prefix of a path."""
+        while path and path not in self.lines:
+            path = path[:-1]
+        return self.lines.get(path)
+
+
+def _scalar(node: yaml.ScalarNode) -> Any:
+    text = node.value
+    if node.style in ("'", '"', "|", ">"):
+        return text
+    if _NULL.match(text):
+        return None
+    if _BOOL.match(text):
+        return text.lower() == "true"
+    if _INT.match(text):
+        return int(text.replace("_", ""))
+    if _FLOAT.match(text):
+        return float(text)
+    return _SPECIAL.get(text.lower(), text)
+
+
+def _build(node: yaml.Node, path: Key, lines: dict[Key, int], file: str) -> Any:
+    lines.setdefault(path, node.start_mark.line + 1)
+    if isinstance(node, yaml.ScalarNode):
+        return _scalar(node)
+    if isinstance(node, yaml.SequenceNode):
+        return [_build(child, (*path, i), lines, file) for i, child in enumerate(node.value)]
+    result: dict[str, Any] = {}
+    for key_node, value_node in node.value:
+        key = _scalar(key_node)
+        line = key_node.start_mark.line + 1
+        if not isinstance(key, (str, int)) or isinstance(key, bool):
+            key = str(key_node.value)
+        if key in result:
+            raise SpecError(f"duplicate key {key!r}", file=file, line=line)
+        lines[(*path, key)] = line
+        result[key] = _build(value_node, (*path, key), lines, file)
+    return result
+
+
+def parse(text: str, file: str = "<text>") -> Document:
+    """Parse one YAML document. Raises SpecError with file and line for malformed text."""
+    try:
+        node = yaml.compose(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        reason = getattr(error, "problem", None) or str(error)
+        raise SpecError(f"not valid YAML: {reason}", file=file, line=mark.line + 1 if mark else None) from None
+    if node is None:
+        raise SpecError("the file is empty", file=file)
+    lines: dict[Key, int] = {}
+    return Document(_build(node, (), lines, file), file, lines)
+
+
+def read(path: str | Path) -> Document:
+    """Parse a YAML file. Raises SpecError if it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SpecError(f"cannot read the file: {_reason(error)}", file=str(path)) from None
+    return parse(text, str(path))
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error)
+
+
+def validate(document: Document, model: type[T]) -> T:
+    """Build a spec from a document; every problem becomes one SpecError naming file, line and path."""
+    if not isinstance(document.data, dict):
+        raise SpecError("expected a mapping of keys to values", file=document.file, line=1)
+    try:
+        return model.model_validate(document.data)
+    except ValidationError as error:
+        raise _first_problem(error, document, model) from None
+
+
+def _first_problem(error: ValidationError, document: Document, model: type[BaseModel]) -> SpecError:
+    problem = error.errors(include_url=False)[0]
+    located: Key = tuple(problem["loc"])
+    # Union members add tags that are not keys of the file: keep only what exists there, plus the last key.
+    path: Key = ()
+    for part in located:
+        if (*path, part) in document.lines:
+            path = (*path, part)
+    name = ".".join(str(p) for p in (path if problem["type"] != "missing" else (*path, located[-1])))
+    line = document.line(path)
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        fields = _fields_at(model, located[:-1])
+        hint = did_you_mean(str(located[-1]), fields) or (f"; known keys: {', '.join(sorted(fields))}" if fields else "")
+        return SpecError(f"unknown key {located[-1]!r}{hint}", file=document.file, line=line)
+    if kind == "missing":
+        return SpecError(f"missing key {name!r}", file=document.file, line=line)
+    message = problem["msg"].removeprefix("Value error, ")
+    if kind == "literal_error":
+        expected = str(problem.get("ctx", {}).get("expected", ""))
+        choices = re.findall(r"'([^']*)'", expected)
+        message = f"{problem['input']!r} is not one of {expected}{did_you_mean(str(problem['input']), choices)}"
+    return SpecError(message, file=document.file, line=line, path=name)
+
+
+def _fields_at(model: type[BaseModel], path: Key) -> list[str]:
+    """Field names of the (nested) model class a path leads to; empty where the type is not a model."""
+    current: Any = model
+    for part in path:
+        fields = getattr(current, "model_fields", None)
+        if isinstance(part, int) or fields is None or part not in fields:
+            continue
+        current = _model_in(fields[part].annotation)
+    return list(getattr(current, "model_fields", {}))
+
+
+def _model_in(annotation: Any) -> Any:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in getattr(annotation, "__args__", ()):
+        found = _model_in(argument)
+        if found is not None:
+            return found
+    return None
