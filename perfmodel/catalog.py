@@ -170,13 +170,23 @@ def load_node(name: str) -> Node:
 
 def _node_hint(device: str) -> str:
     """Nodes that contain a device, as a suggestion."""
-    wanted = _index("hardware").get(_key(device), ("", ""))[1]
-    holders = []
-    for path in _files("hardware"):
-        text = path.read_text(encoding="utf-8")
-        if "kind: node" in text and Path(wanted).stem in text:
-            holders.append(path.stem)
+    wanted = Path(_index("hardware")[_key(device)][1]).stem if _key(device) in _index("hardware") else ""
+    holders = [n.name for n in nodes() if n.devices.device == wanted]
     return f" (nodes with it: {', '.join(holders)})" if holders else ""
+
+
+def node_of(device: str) -> str | None:
+    """The catalogue node that a device usually comes in: the one with most devices, up to eight."""
+    found = [(min(n.devices.count, 8), -n.devices.count, n.name) for n in nodes() if n.devices.device == device]
+    return max(found)[2] if found else None
+
+
+@lru_cache(maxsize=1)
+def nodes() -> tuple[Node, ...]:
+    """Every node of the catalogue."""
+    paths = [p for p in _files("hardware") if p.parent.name == "nodes"]
+    specs = (_load_hardware(str(p)) for p in paths)
+    return tuple(s for s in specs if isinstance(s, Node))
 
 
 def load_prices() -> list[PriceList]:

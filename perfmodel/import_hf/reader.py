@@ -70,7 +70,7 @@ def family(*architectures: str) -> Callable[[Callable[[Config], Fields]], Callab
 
 def _load_families() -> None:
     if not _FAMILIES:
-        from perfmodel.import_hf import dense, hybrid, latent, moe, vision  # noqa: F401
+        from perfmodel.import_hf import classic, dense, hybrid, latent, moe, vision  # noqa: F401
 
 
 def from_config(data: dict[str, Any], *, file: str, name: str, extra: Fields | None = None) -> Model:

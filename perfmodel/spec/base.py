@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -35,9 +35,20 @@ def _quantity(kind: str, check: Any = _positive) -> Any:
 
 
 if TYPE_CHECKING:
-    Size = Bandwidth = Flops = Time = Rate = Frequency = Power = Energy = Money = Price = EnergyPrice = float
-    Count = Natural = int
-    Fraction = float
+    Size: TypeAlias = float
+    Bandwidth: TypeAlias = float
+    Flops: TypeAlias = float
+    Time: TypeAlias = float
+    Rate: TypeAlias = float
+    Frequency: TypeAlias = float
+    Power: TypeAlias = float
+    Energy: TypeAlias = float
+    Money: TypeAlias = float
+    Price: TypeAlias = float
+    EnergyPrice: TypeAlias = float
+    Fraction: TypeAlias = float
+    Count: TypeAlias = int
+    Natural: TypeAlias = int
 else:
     Size = _quantity("size")
     Bandwidth = _quantity("bandwidth")

@@ -1,0 +1,281 @@
+"""The estimator: one model on one instance, as array methods and as one complete Estimate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from perfmodel import calibration, catalog, graph, memory, roofline
+from perfmodel.errors import Infeasible, SpecError
+from perfmodel.machine import Machine, from_node, machine
+from perfmodel.memory import Memory
+from perfmodel.ops.shard import Formats, Group, Parallelism
+from perfmodel.spec.formats import get_format
+from perfmodel.spec.hardware import Node
+from perfmodel.spec.model import Model, Moe
+from perfmodel.symbols import Num
+
+_P10_P90 = 1.2816  # standard normal quantile of 0.9
+_ROWS = 32_768  # configurations evaluated at once: arrays stay in the processor's cache
+
+
+def choose_formats(
+    model: Model, m: Machine, weight: str | None = None, act: str | None = None, kv: str | None = None
+) -> Formats:
+    """Storage and arithmetic of a run: the checkpoint's own unless overridden.
+
+    Activations follow the weights (W8A8, W4A4) where the matrix units multiply that format; else they stay at 16 bits
+    and the weights are expanded on the fly.
+    """
+    stored = get_format(weight or model.dtype)
+    expert = get_format(weight or model.expert_dtype or model.dtype)
+    base = act if act is not None and get_format(act).width >= 2 else "bf16" if model.dtype != "fp16" else "fp16"
+    wide = get_format(base)
+    if get_format(base).matrix not in m.matrix and m.matrix:
+        wide = get_format("fp16" if "fp16" in m.matrix else "fp32")
+    narrowest = min((stored, expert), key=lambda f: f.width)
+    wants = act is None or get_format(act).width < 2
+    quantise = wants and narrowest.matrix is not None and narrowest.width < wide.width and m.native(narrowest.matrix)
+    if act is not None and get_format(act).width < 2 and not quantise:
+        raise SpecError(
+            f"activations cannot be {act}: {m.device.name} multiplies {', '.join(m.matrix) or 'no matrix formats'}, "
+            f"and the weights are {narrowest.name}; give a --weight-dtype of that width or leave --act-dtype out"
+        )
+    cache = get_format(kv) if kv not in (None, "auto") else get_format(model.kv_dtype) if model.kv_dtype else wide
+    quantised = stored.width < wide.width or expert.width < wide.width
+    kept = model.unquantized if quantised else ()
+    return Formats(stored, expert, wide, cache, kept, bool(quantise))
+
+
+def check_parallelism(model: Model, par: Parallelism) -> None:
+    """Raise SpecError where a degree cannot cut the model, naming degrees that can."""
+    for name, degree in (("tp", par.tp), ("pp", par.pp), ("dp", par.dp), ("ep", par.ep), ("cp", par.cp)):
+        if not isinstance(degree, (int, np.integer)) or degree < 1:
+            raise SpecError(f"--{name} must be a positive whole number, got {degree!r}")
+    if par.pp > model.n_layers:
+        raise SpecError(f"--pp {par.pp} exceeds the {model.n_layers} layers of {model.name}")
+    for name, block in model.blocks.items():
+        heads = getattr(block.mixer, "heads", None) or getattr(block.mixer, "value_heads", None)
+        if heads and heads % par.tp:
+            fits = [d for d in range(1, heads + 1) if heads % d == 0 and d <= 64]
+            raise SpecError(
+                f"--tp {par.tp} does not divide the {heads} heads of {model.name} ({name} layers); "
+                f"degrees that do: {', '.join(map(str, fits))}"
+            )
+    moes = [b.ffn for b in model.blocks.values() if isinstance(b.ffn, Moe)]
+    if par.ep > 1:
+        if not moes:
+            raise SpecError(f"--ep {par.ep}: {model.name} has no experts to divide")
+        if par.group % par.ep:
+            raise SpecError(f"--ep {par.ep} must divide tp x dp x cp = {par.group}")
+        if any(x.experts % par.ep for x in moes):
+            raise SpecError(f"--ep {par.ep} does not divide the {moes[0].experts} experts of {model.name}")
+
+
+class Estimator:
+    """Times of one model on one instance. Array methods return seconds as NumPy arrays for array inputs.
+
+    hardware: a device or node by name, alias or path, or a Node. tp, pp, dp, ep, cp: degrees of the instance.
+    Raises SpecError for unknown names and impossible degrees.
+    """
+
+    def __init__(
+        self,
+        model: str | Model,
+        hardware: str | Node,
+        *,
+        tp: int = 1,
+        pp: int = 1,
+        dp: int = 1,
+        ep: int = 1,
+        cp: int = 1,
+        engine: str = "vllm",
+        weight_dtype: str | None = None,
+        act_dtype: str | None = None,
+        kv_dtype: str | None = None,
+        mem_fraction: float | None = None,
+    ) -> None:
+        self.model = catalog.load_model(model) if isinstance(model, str) else model
+        base = machine(hardware) if isinstance(hardware, str) else from_node(hardware)
+        self.engine_name, self.engine = engine, calibration.engine(engine)
+        self.machine = base.with_engine(self.engine)
+        self.par = Parallelism(tp, pp, dp, ep, cp)
+        check_parallelism(self.model, self.par)
+        self.formats = choose_formats(self.model, self.machine, weight_dtype, act_dtype, kv_dtype)
+        if mem_fraction is not None and not 0 < mem_fraction <= 1:
+            raise SpecError(f"--mem-fraction must lie in (0, 1], got {mem_fraction}")
+        self.mem_fraction = mem_fraction
+
+    def prefill(self, batch: Num, new_tokens: Num, context: Num = 0) -> Any:
+        """Seconds of one unchunked pass over `batch` sequences of `new_tokens`, on top of `context` cached tokens."""
+        return self._many(batch, new_tokens, context, is_decode=False)
+
+    def decode(self, batch: Num, context: Num) -> Any:
+        """Seconds of one decode step of `batch` sequences that attend `context` tokens each, the new one included."""
+        return self._many(batch, 1, np.asarray(context) - 1, is_decode=True)
+
+    def mixed(self, batch: Num, context: Num, chunk: Num, chunk_context: Num = 0) -> Any:
+        """Seconds of a step that decodes `batch` sequences and prefills `chunk` tokens of one more request."""
+        phase = graph.mixed(batch, np.asarray(context) - 1, chunk, chunk_context)
+        total = roofline.cost(self.lower(phase).schedule, self.machine)
+        return self._with_host(total.seconds, total.launches, batch, chunk, self.machine)
+
+    def lower(self, phase: graph.Phase) -> graph.Program:
+        """Operators of one device for a phase."""
+        return graph.lower(self.model, phase, self.par, self.formats)
+
+    def _micro(self, batch: Num) -> Num:
+        """Micro-batches that keep the pipeline's stages busy."""
+        return np.minimum(batch, self.par.pp)
+
+    def _many(self, batch: Num, new: Num, context: Num, *, is_decode: bool) -> Any:
+        """Evaluate over broadcast arrays: token-wise operators once per distinct (batch, new), attention per row."""
+        arrays = np.broadcast_arrays(np.asarray(batch, float), np.asarray(new, float), np.asarray(context, float))
+        flat = [a.ravel() for a in arrays]
+        if flat[0].size and (flat[0].min() < 1 or flat[1].min() < 1 or flat[2].min() < 0):
+            raise SpecError("batch and new tokens must be at least 1, and context at least 1 for decode, 0 for prefill")
+        out = np.empty(flat[0].size)
+        for start in range(0, out.size, _ROWS):
+            part = [a[start : start + _ROWS] for a in flat]
+            out[start : start + _ROWS] = self._rows(*part, is_decode=is_decode)
+        result = out.reshape(arrays[0].shape)
+        return result if result.ndim else float(result)
+
+    def _rows(self, batch: Any, new: Any, context: Any, *, is_decode: bool) -> Any:
+        if batch.size == 1:
+            phase = self._phase(batch[0], new[0], context[0], is_decode)
+            total = roofline.cost(self.lower(phase).schedule, self.machine)
+            return self._finish(total, batch, new, is_decode, self.machine)
+        key = batch * 1e8 + new
+        _, first, back = np.unique(key, return_index=True, return_inverse=True)
+        tokenwise = self.lower(self._phase(batch[first], new[first], 0.0, is_decode)).schedule
+        per_shape = roofline.cost(tokenwise, self.machine, contextual=False)
+        rows = self.lower(self._phase(batch, new, context, is_decode)).schedule
+        per_row = roofline.cost(rows, self.machine, contextual=True)
+        total = roofline.Cost(
+            np.broadcast_to(per_shape.seconds, first.shape)[back] + per_row.seconds,
+            per_shape.launches + per_row.launches,
+        )
+        return self._finish(total, batch, new, is_decode, self.machine)
+
+    def _phase(self, batch: Num, new: Num, context: Num, is_decode: bool) -> graph.Phase:
+        group = Group(batch / self._micro(batch), new, context, decode=is_decode)
+        return graph.Phase((group,))
+
+    def _finish(self, total: roofline.Cost, batch: Num, new: Num, is_decode: bool, m: Machine) -> Any:
+        """Pipeline fill and host time around the device time of one micro-batch."""
+        seconds = total.seconds * self._passes(batch, is_decode)
+        return self._with_host(seconds, total.launches, batch, new, m)
+
+    def _passes(self, batch: Num, is_decode: bool) -> Num:
+        """Device time of a step over the time of one micro-batch through all stages.
+
+        Decode steps of different micro-batches interleave, so a token waits for one pass; a prefill of M
+        micro-batches lasts (M + pp - 1) stages (GPipe, arXiv:1811.06965).
+        """
+        micro = self._micro(batch)
+        # With fewer micro-batches than stages the pipeline idles, but a token still waits for one pass only.
+        return 1.0 if is_decode else (micro + self.par.pp - 1) / self.par.pp
+
+    def _with_host(self, seconds: Num, launches: Num, batch: Num, new: Num, m: Machine) -> Any:
+        """serial + max(device, overlapped host work); steps too large for a captured graph are launched one by one."""
+        host = m.law["host_base"] + m.law["host_per_sequence"] * batch
+        serial = m.law["host_serial"] * host
+        eager = np.where(batch * new > self.engine.graph_batch, launches * m.law["eager_issue"], 0.0)
+        return serial + np.maximum(seconds, (host - serial) + eager)
+
+    def parts(self, batch: float, new: float, context: float, *, is_decode: bool) -> Parts:
+        """Expected time, bounds, spread and bottleneck of one step; context in cached tokens before the step."""
+        phase = self._phase(float(batch), float(new), float(context), is_decode)
+        program = self.lower(phase)
+        total = roofline.cost(program.schedule, self.machine)
+        expected = float(self._finish(total, batch, new, is_decode, self.machine))
+        passes = float(self._passes(batch, is_decode))
+        host = self.machine.law["host_base"] + self.machine.law["host_per_sequence"] * batch
+        busy = {k: float(v) * passes for k, v in total.busy.items()} | {"host": float(host)}
+        shaken = self.machine.perturbed()
+        rows = roofline.cost(program.schedule, shaken)
+        seconds = np.broadcast_to(self._finish(rows, batch, new, is_decode, shaken), (len(self.machine.sigma) + 1,))
+        steps = np.log(seconds[1:] / seconds[0])
+        residual = calibration.law().residual["decode" if is_decode else "prefill"]
+        return Parts(
+            expected,
+            float(total.lower) * passes,
+            max(sum(busy.values()), expected),
+            float(np.sqrt(np.sum(steps**2) + residual**2)),
+            max(busy, key=lambda r: busy[r]),
+            busy,
+            dict(zip(self.machine.sigma, steps.tolist(), strict=True)),
+        )
+
+    @cached_property
+    def kv_free(self) -> float:
+        """Bytes per device left for the KV cache."""
+        return memory.kv_capacity(self.model, self.par, self.formats, self.machine, self.engine, self.mem_fraction)
+
+    def memory(self, batch: float, tokens: float) -> Memory:
+        """Bytes on the fullest device with `batch` sequences of `tokens` tokens."""
+        return memory.resident(
+            self.model, self.par, self.formats, self.machine, self.engine,
+            sequences=batch, tokens=tokens, mem_fraction=self.mem_fraction,
+        )  # fmt: skip
+
+    def max_batch(self, tokens: float) -> int:
+        """Most sequences of `tokens` tokens that fit; cached bytes are proportional to sequences per rank."""
+        one = memory.cache_bytes(self.model, self.par, self.formats, self.par.dp, tokens, self.engine.block_tokens)
+        return max(0, int(self.kv_free / float(one)) * self.par.dp) if float(one) > 0 else self.engine.max_sequences
+
+    def require_fit(self) -> None:
+        """Raise Infeasible, with the nearest change, when not even the weights fit."""
+        if self.kv_free > 0:
+            return
+        need = float(memory.weight_bytes(self.model, self.par, self.formats)) / 1e9
+        have = self.machine.capacity / 1e9
+        raise Infeasible(
+            f"{self.model.name} in {self.formats.weight.name} needs {need:.1f} GB of weights on each of "
+            f"{self.par.devices} {self.machine.device.name} with {have:.1f} GB",
+            nearest=self._nearest_fit(),
+            binding=("memory",),
+        )
+
+    def _nearest_fit(self) -> str | None:
+        """Smallest tp (then pp) of the same device whose weights leave room, or a narrower format."""
+        for pp in (1, 2, 4, 8):
+            for tp in (1, 2, 4, 8, 16):
+                trial = Parallelism(tp, pp, self.par.dp, 1, self.par.cp)
+                if trial.devices < self.par.devices:
+                    continue
+                try:
+                    check_parallelism(self.model, trial)
+                except SpecError:
+                    continue
+                free = memory.kv_capacity(
+                    self.model, trial, self.formats, self.machine, self.engine, self.mem_fraction
+                )
+                if free > 0:
+                    return f"--tp {tp}" + (f" --pp {pp}" if pp > 1 else "") + f" ({trial.devices} devices)"
+        return "a narrower --weight-dtype or devices with more memory"
+
+
+@dataclass(frozen=True)
+class Parts:
+    """One step: expected seconds, bounds, spread (sigma of the logarithm), bottleneck, busy seconds by resource."""
+
+    seconds: float
+    lower: float
+    upper: float
+    sigma: float
+    bottleneck: str
+    busy: dict[str, float]
+    sensitivity: dict[str, float]
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """p10 and p90, inside the bounds."""
+        spread = float(np.exp(_P10_P90 * self.sigma))
+        return max(self.seconds / spread, self.lower), self.seconds * spread
+
+

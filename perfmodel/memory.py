@@ -1,0 +1,140 @@
+"""What must be resident on one device, and what still fits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from perfmodel.graph import cache_residency, weight_residency
+from perfmodel.machine import Machine
+from perfmodel.ops.shard import Formats, Parallelism
+from perfmodel.spec.calibration import Engine
+from perfmodel.spec.model import Attention, Model
+from perfmodel.symbols import Num
+
+_LOGIT_COPIES = 4  # FP32 buffers the sampler holds at once: logits, sorted logits, probabilities, cumulative sums
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on the fullest device."""
+
+    weights: Num
+    kv: Num
+    activations: Num
+    other: Num
+    capacity: float
+    """Bytes the engine may plan with: memory fraction x visible memory."""
+
+    @property
+    def total(self) -> Num:
+        return self.weights + self.kv + self.activations + self.other
+
+    @property
+    def fits(self) -> Num:
+        return self.total <= self.capacity
+
+
+def weight_bytes(model: Model, par: Parallelism, formats: Formats) -> Num:
+    """Stored weights of the fullest device [byte]."""
+    return sum((r.bytes for r in weight_residency(model, par, formats)), start=0.0)
+
+
+def kv_bytes_per_token(model: Model, formats: Formats) -> float:
+    """Cached bytes one token adds over all attention layers at full length, whole model."""
+    one = cache_residency(model, Parallelism(), formats, 1, 1)
+    return float(sum(r.bytes for r in one if r.tensor == "kv"))
+
+
+def state_bytes_per_sequence(model: Model, formats: Formats) -> float:
+    """Recurrent state of one sequence, whole model [byte]."""
+    return float(sum(r.bytes for r in cache_residency(model, Parallelism(), formats, 1, 1) if r.tensor == "state"))
+
+
+def cache_bytes(
+    model: Model, par: Parallelism, formats: Formats, sequences: Num, tokens: Num, block: int = 1
+) -> Num:
+    """Keys, values and states of `sequences` with `tokens` cached tokens each, in whole blocks [byte per device].
+
+    Sliding-window layers keep no more than their window.
+    """
+    whole = np.ceil(np.asarray(tokens, float) / block) * block
+    total: Num = 0.0
+    for r in cache_residency(model, par, formats, sequences, whole):
+        mixer = model.blocks[r.name.split(".")[0]].mixer
+        window = mixer.window if isinstance(mixer, Attention) else None
+        share = np.minimum(1.0, (window + block) / np.maximum(whole, 1)) if window else 1.0
+        total = total + r.bytes * share
+    return total
+
+
+def activation_bytes(model: Model, par: Parallelism, formats: Formats, step_tokens: Num, sequences: Num) -> Num:
+    """Peak of one step: residual and the widest intermediate of a layer, and the sampler's logits [byte]."""
+    widest = 0.0
+    for block in model.blocks.values():
+        ffn, mixer = block.ffn, block.mixer
+        if ffn is not None and ffn.kind == "mlp":
+            widest = max(widest, 3 * ffn.inter / par.tp)
+        elif ffn is not None:
+            widest = max(widest, 3 * ffn.inter * ffn.top_k / par.moe_tp)
+        if isinstance(mixer, Attention):
+            widest = max(widest, (2 * mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim / par.tp)
+    tokens = step_tokens / par.cp
+    layer = tokens * (3 * model.hidden + widest) * formats.act.width
+    logits = np.ceil(sequences / par.dp) * model.vocab * 4 * _LOGIT_COPIES
+    return np.maximum(layer, logits)
+
+
+def resident(
+    model: Model,
+    par: Parallelism,
+    formats: Formats,
+    m: Machine,
+    engine: Engine,
+    *,
+    sequences: Num,
+    tokens: Num,
+    mem_fraction: float | None = None,
+    step_tokens: Num | None = None,
+) -> Memory:
+    """Memory of an instance that holds `sequences` of `tokens` tokens each. Raises nothing: `fits` tells."""
+    parallel = par.devices > 1
+    other = m.law["memory_base"] + m.law["memory_graphs"] + m.law["memory_parallel"] * parallel
+    step = engine.chunk_tokens if step_tokens is None else step_tokens
+    return Memory(
+        weight_bytes(model, par, formats),
+        cache_bytes(model, par, formats, sequences, tokens, engine.block_tokens),
+        activation_bytes(model, par, formats, step, np.minimum(engine.max_sequences, np.maximum(sequences, 1))),
+        other,
+        m.capacity * (engine.memory_fraction if mem_fraction is None else mem_fraction),
+    )
+
+
+def kv_capacity(model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine,
+                mem_fraction: float | None = None, sequences: int | None = None) -> float:
+    """Bytes per device left for keys, values and states once everything else is loaded; negative: does not fit."""  # fmt: skip
+    busy = engine.max_sequences if sequences is None else sequences
+    empty = resident(model, par, formats, m, engine, sequences=0.0, tokens=0.0, mem_fraction=mem_fraction)
+    peak = activation_bytes(model, par, formats, engine.chunk_tokens, busy)
+    return float(empty.capacity - empty.weights - empty.other - peak)
+
+
+def longest_context(model: Model, par: Parallelism, formats: Formats, free: float, sequences: int) -> int:
+    """Most tokens each of `sequences` can cache in `free` bytes per device; 0 when none fits.
+
+    Cached bytes grow piecewise linearly with tokens, so the slope beyond every window solves it in closed form.
+    """
+    windows = [b.mixer.window for b in model.blocks.values() if isinstance(b.mixer, Attention) and b.mixer.window]
+    beyond = float(max(windows, default=0) + 1)
+
+    def used(tokens: float) -> float:
+        return float(cache_bytes(model, par, formats, sequences, tokens))
+
+    low, high = (0.0, beyond) if free < used(beyond) else (beyond, beyond + 1)
+    base, slope = used(low), (used(high) - used(low)) / (high - low)
+    if free < base or (free == base and low == 0):
+        return 0
+    if slope <= 0:
+        return model.max_positions
+    return int(low + (free - base) / slope)

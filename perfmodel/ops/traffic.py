@@ -1,0 +1,78 @@
+"""The records everything else is made of: Op, Traffic and Residency. Counts are per device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from perfmodel.symbols import Num
+
+TensorKind = Literal["weights", "experts", "kv", "activations", "state", "logits"]
+OpKind = Literal["gemm", "grouped_gemm", "attention", "elementwise", "scan", "gather", "collective", "p2p"]
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Bytes moved by one operator: `elements` of `width` bytes over `path` (hbm, link or network)."""
+
+    tensor: TensorKind
+    elements: Num
+    width: Num
+    path: str = "hbm"
+    direction: Literal["read", "write"] = "read"
+
+    @property
+    def bytes(self) -> Num:
+        return self.elements * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """What must be stored on one device: `elements` of `width` bytes in `tier`."""
+
+    tensor: TensorKind
+    name: str
+    elements: Num
+    width: Num
+    tier: str = "hbm"
+
+    @property
+    def bytes(self) -> Num:
+        return self.elements * self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One operator on one device.
+
+    flops: FLOPs by unit: a matrix dtype (``bf16``, ``fp8`` …), ``vector`` for the SIMD units, ``exp`` for
+    special-function results. shape: what efficiency depends on (m, n, k; groups; rows; message, ranks).
+    launches: kernels started. reference: paper or documentation of the formula.
+    """
+
+    name: str
+    kind: OpKind
+    flops: Mapping[str, Num] = field(default_factory=dict)
+    traffic: tuple[Traffic, ...] = ()
+    shape: Mapping[str, Num] = field(default_factory=dict)
+    launches: Num = 1
+    reference: str = ""
+    contextual: bool = False
+    """Depends on the cached context, not only on the new tokens."""
+
+    def bytes(self, path: str = "hbm", tensor: TensorKind | None = None) -> Num:
+        """Total bytes over one path, of one tensor kind or all."""
+        return sum(
+            (t.bytes for t in self.traffic if t.path == path and tensor in (None, t.tensor)), start=0
+        )
+
+
+def read(tensor: TensorKind, elements: Num, width: Num) -> Traffic:
+    """Device-memory read."""
+    return Traffic(tensor, elements, width)
+
+
+def write(tensor: TensorKind, elements: Num, width: Num) -> Traffic:
+    """Device-memory write."""
+    return Traffic(tensor, elements, width, direction="write")
