@@ -15,7 +15,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _VERBS = {
-    "estimate": "perfmodel.estimator",
+    "estimate": "perfmodel.estimates",
     "Estimator": "perfmodel.estimator",
     "plan": "perfmodel.planner.run",
     "load_model": "perfmodel.catalog",

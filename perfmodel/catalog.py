@@ -23,6 +23,7 @@ from perfmodel.spec import yaml
 from perfmodel.spec.hardware import Device, Network, Node, PriceList
 from perfmodel.spec.model import Model
 
+_KINDS = ("hardware", "models", "papers", "reports")
 _user_roots: list[Path] = []
 # Folders under hardware/ that hold no devices.
 _NOT_HARDWARE = {"prices", "calibrations"}
@@ -35,17 +36,24 @@ def use_specs(folder: str | Path) -> None:
         raise SpecError(f"no such folder of specs: {folder}")
     _user_roots.insert(0, path)
     _index.cache_clear()
+    nodes.cache_clear()
 
 
 def root(kind: str) -> Path:
     """The built-in folder of a kind: hardware, models, papers or reports."""
-    packaged = Path(__file__).parent / "_catalog" / kind
-    return packaged if packaged.is_dir() else Path(__file__).parent.parent / kind
+    package = Path(__file__).parent
+    packaged = package / "_catalog"
+    return packaged / kind if packaged.is_dir() else package.parent / kind
 
 
 def _roots(kind: str) -> list[Path]:
     environment = [Path(p) for p in os.environ.get("PERFMODEL_SPECS", "").split(os.pathsep) if p]
-    own = [base / kind if (base / kind).is_dir() else base for base in (*_user_roots, *environment)]
+    for missing in (p for p in environment if not p.is_dir()):
+        raise SpecError(f"no such folder of specs: {missing} (from $PERFMODEL_SPECS)")
+    own = []
+    for base in (*_user_roots, *environment):
+        sorted_by_kind = any((base / k).is_dir() for k in _KINDS)
+        own.append(base / kind if sorted_by_kind else base)
     return [*own, root(kind)]
 
 
@@ -56,14 +64,20 @@ def _key(name: str) -> str:
 
 def _files(kind: str) -> Iterator[Path]:
     for folder in _roots(kind):
-        for path in sorted(folder.rglob("*.yaml")):
-            relative = path.relative_to(folder).parts
-            if not (kind == "hardware" and relative[0] in _NOT_HARDWARE):
-                yield path
+        yield from _files_in(folder, kind)
+
+
+def _files_in(folder: Path, kind: str) -> Iterator[Path]:
+    for path in sorted(folder.rglob("*.yaml")):
+        relative = path.relative_to(folder).parts
+        if not (kind == "hardware" and relative[0] in _NOT_HARDWARE):
+            yield path
 
 
 def _cache_file(kind: str) -> Path:
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # An account without a home (a container under a foreign user id) gets the temporary folder.
+    home = os.path.expanduser("~")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or (Path(home, ".cache") if home != "~" else tempfile.gettempdir()))
     places = os.pathsep.join(str(p.resolve()) for p in _roots(kind))
     return base / "perfmodel" / f"index-{kind}-{hashlib.sha256(places.encode()).hexdigest()[:16]}.json"
 
@@ -75,7 +89,7 @@ def _names_in(path: Path) -> list[str]:
     except SpecError:
         return [path.stem]
     aliases = data.get("aliases") if isinstance(data, dict) else None
-    return [path.stem, *(str(a) for a in aliases or [])]
+    return [path.stem, *(str(a) for a in aliases)] if isinstance(aliases, list) else [path.stem]
 
 
 @lru_cache(maxsize=8)
@@ -83,23 +97,28 @@ def _index(kind: str) -> dict[str, tuple[str, str]]:
     """Key of every name and alias -> (name as written, file). Earlier roots win."""
     cache_file = _cache_file(kind)
     try:
-        cached: dict[str, Any] = json.loads(cache_file.read_text(encoding="utf-8"))
+        read = json.loads(cache_file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        cached = {}
+        read = None
+    cached: dict[str, Any] = read if isinstance(read, dict) else {}
     fresh: dict[str, Any] = {}
-    for path in _files(kind):
-        stamp = path.stat()
-        mark = [stamp.st_mtime_ns, stamp.st_size]
-        entry = cached.get(str(path))
-        fresh[str(path)] = entry if entry and entry[0] == mark else [mark, _names_in(path)]
+    index: dict[str, tuple[str, str]] = {}
+    for folder in _roots(kind):
+        files = [str(path) for path in _files_in(folder, kind)]
+        for path in files:
+            stamp = os.stat(path)
+            mark = [stamp.st_mtime_ns, stamp.st_size]
+            entry = cached.get(path)
+            fresh[path] = entry if entry and entry[0] == mark else [mark, _names_in(Path(path))]
+        # Within a root a name beats an alias.
+        for path in files:
+            name = fresh[path][1][0]
+            index.setdefault(_key(name), (name, path))
+        for path in files:
+            for alias in fresh[path][1][1:]:
+                index.setdefault(_key(alias), (alias, path))
     if fresh != cached:
         _write_quietly(cache_file, json.dumps(fresh))
-    index: dict[str, tuple[str, str]] = {}
-    for path_text, (_, names) in fresh.items():
-        index.setdefault(_key(names[0]), (names[0], path_text))
-    for path_text, (_, names) in fresh.items():
-        for alias in names[1:]:
-            index.setdefault(_key(alias), (alias, path_text))
     return index
 
 
@@ -146,17 +165,16 @@ def load_hardware(name: str) -> Device | Node | Network:
 def _load_hardware(path: str) -> Device | Node | Network:
     document = yaml.read(path)
     kind = document.data.get("kind") if isinstance(document.data, dict) else None
-    model = {"node": Node, "network": Network}.get(str(kind), Device)
-    spec = yaml.validate(document, model)
-    assert isinstance(spec, (Device, Node, Network))
-    return spec
+    if kind == "node":
+        return yaml.validate(document, Node)
+    return yaml.validate(document, Network) if kind == "network" else yaml.validate(document, Device)
 
 
 def load_device(name: str) -> Device:
     """Load a device; a node or network under that name is an error that says so."""
     spec = load_hardware(name)
     if not isinstance(spec, Device):
-        raise SpecError(f"{name!r} is a {spec.kind}, and a device is wanted here")
+        raise SpecError(f"{name!r} is of kind {spec.kind!r}, and a device is wanted here")
     return spec
 
 
@@ -164,7 +182,7 @@ def load_node(name: str) -> Node:
     """Load a node; a single device under that name is an error that says so."""
     spec = load_hardware(name)
     if not isinstance(spec, Node):
-        raise SpecError(f"{name!r} is a {spec.kind}, and a node is wanted here{_node_hint(name)}")
+        raise SpecError(f"{name!r} is of kind {spec.kind!r}, and a node is wanted here{_node_hint(name)}")
     return spec
 
 

@@ -88,8 +88,8 @@ def _factor(unit: str) -> tuple[float, Dimension]:
             break
     scale, dimension = 1.0, list(_ONE)
     for position, atom in enumerate(unit.split("/")):
-        atom = atom.strip()
-        if atom not in UNITS:
+        atom = atom.strip().replace("μ", "µ")  # Greek mu is read as the micro sign
+        if atom not in UNITS or (position > 0 and not atom):
             raise KeyError(atom)
         factor, exponents = UNITS[atom]
         sign = 1 if position == 0 else -1
@@ -98,27 +98,35 @@ def _factor(unit: str) -> tuple[float, Dimension]:
     return scale, (dimension[0], dimension[1], dimension[2], dimension[3], dimension[4])
 
 
+def _hint(atom: str) -> str:
+    """The nearest unit. ``Gb`` may mean either of two, a factor of eight apart, so both are named."""
+    if atom.endswith("b") and atom[:-1] + "bit" in UNITS:
+        return f" (did you mean {atom[:-1] + 'bit'!r} or {atom[:-1] + 'B'!r}?)"
+    return did_you_mean(atom, UNITS)
+
+
 def parse(text: object, kind: str) -> float:
     """Read a quantity of the given kind and return it in base SI.
 
     Raises UnitError for an unknown unit, a unit of another kind, or a bare number where a unit is due.
     """
     wanted, example = KINDS[kind]
+    a_kind = f"{'an' if kind[0] in 'aeio' else 'a'} {kind}".replace("_", " ")
     if isinstance(text, bool) or text is None:
-        raise UnitError(f"expected a {kind} such as '{example}', got {text!r}")
+        raise UnitError(f"expected {a_kind} such as '{example}', got {text!r}")
     match = _QUANTITY.match(str(text))
     if match is None:
-        raise UnitError(f"cannot read {text!r} as a {kind}; write it like '{example}'")
+        raise UnitError(f"cannot read {text!r} as {a_kind}; write it like '{example}'")
     number, unit = float(match.group(1).replace("_", "")), match.group(2)
     try:
         scale, dimension = _factor(unit)
     except KeyError as unknown:
-        hint = did_you_mean(str(unknown.args[0]), UNITS)
+        hint = _hint(str(unknown.args[0]))
         raise UnitError(f"unknown unit {unknown.args[0]!r} in {text!r}; write it like '{example}'{hint}") from None
     if dimension != wanted:
         if unit == "":
-            raise UnitError(f"{text!r} has no unit; a {kind} is written like '{example}'")
-        raise UnitError(f"{text!r} is not a {kind}; write it like '{example}'")
+            raise UnitError(f"{text!r} has no unit; {a_kind} is written like '{example}'")
+        raise UnitError(f"{text!r} is not {a_kind}; write it like '{example}'")
     value = number * scale
     if not math.isfinite(value):
         raise UnitError(f"{text!r} is not a finite {kind}")
@@ -146,7 +154,8 @@ def show(value: float, kind: str, digits: int = 3) -> str:
     if value is None or not math.isfinite(value):
         return str(value)
     scales = _SHOWN[kind]
-    factor, unit = next((pair for pair in scales if abs(value) >= pair[0] * (1 - 1e-12)), scales[-1])
+    shown = abs(float(f"{value:.{digits - 1}e}"))  # 999.9 GB/s rounds to 1 TB/s, not to 1,000 GB/s
+    factor, unit = next((pair for pair in scales if shown >= pair[0] * (1 - 1e-12)), scales[-1])
     number = value / factor
     # Keep integers whole: 2,500 USD must not read 2.5e+03.
     decimals = max(0, digits - 1 - (math.floor(math.log10(abs(number))) if number else 0))

@@ -6,7 +6,7 @@ from typing import Any
 
 from perfmodel.errors import SpecError
 from perfmodel.import_hf.layout import Fields, attention, model_fields, per_layer
-from perfmodel.import_hf.moe import bias, qwen_ffn, sparse_layers
+from perfmodel.import_hf.moe import bias, mixture, multimodal, prediction_module, qwen_ffns, sparse_layers
 from perfmodel.import_hf.reader import Config, family
 
 
@@ -84,13 +84,9 @@ def jamba(config: Config) -> Fields:
         "mamba": mamba1(config, "mamba_", inner_norms=bool(config.get("mamba_inner_layernorms", default=True))),
     }
     inter = config.integer("intermediate_size")
-    mixture = {
-        "kind": "moe",
-        "experts": config.integer("num_experts", default=16),
-        "top_k": config.integer("num_experts_per_tok", default=2),
-        "inter": inter,
-    }
-    ffns = {"dense": {"kind": "mlp", "inter": inter}, "moe": mixture}
+    # The defaults are those of JambaConfig.
+    filled = Config({"num_experts": 16, "num_experts_per_tok": 2, **config.data}, config.file)
+    ffns = {"dense": {"kind": "mlp", "inter": inter}, "moe": mixture(filled, experts="num_experts")}
 
     def chosen(layer: int, what: str, period: int, offset: int) -> bool:
         every = config.integer(f"{what}_layer_period", default=period)
@@ -99,7 +95,7 @@ def jamba(config: Config) -> Fields:
     order = []
     for layer in range(config.integer("num_hidden_layers")):
         mixer = "attention" if chosen(layer, "attn", 8, 4) else "mamba"
-        sparse = mixture["experts"] > 1 and chosen(layer, "expert", 2, 1)
+        sparse = ffns["moe"]["experts"] > 1 and chosen(layer, "expert", 2, 1)
         order.append(f"{mixer}_{'moe' if sparse else 'dense'}")
     blocks = {f"{m}_{f}": {"mixer": mixers[m], "ffn": ffns[f]} for m in mixers for f in ffns}
     return model_fields(config, blocks, order)
@@ -120,31 +116,31 @@ def nemotron_h(config: Config) -> Fields:
         },
     }
     if config.integer("n_routed_experts", default=0):
-        parts["moe"] = {
-            "ffn": {
-                "kind": "moe",
-                "experts": config.integer("n_routed_experts"),
-                "top_k": config.integer("num_experts_per_tok"),
-                "inter": config.integer("moe_intermediate_size"),
-                "shared_inter": config.integer("moe_shared_expert_intermediate_size"),
-                "gated": False,
-                "router_bias": True,
-                "groups": config.integer("n_group", default=1),
-                "top_groups": config.integer("topk_group", default=1),
-            }
-        }
+        experts = mixture(
+            config,
+            experts="n_routed_experts",
+            inter="moe_intermediate_size",
+            shared_inter=config.integer("moe_shared_expert_intermediate_size"),
+            gated=False,
+            router_bias=True,
+            groups=config.integer("n_group", default=1),
+            top_groups=config.integer("topk_group", default=1),
+        )
+        parts["moe"] = {"ffn": experts}
     blocks = {name: {**part, "norms": 1} for name, part in parts.items()}
-    meaning = {"M": "mamba", "*": "attention", "-": "mlp"} | ({"E": "moe"} if "moe" in parts else {})
+    letters = {"mamba": "M", "attention": "*", "mlp": "-", "moe": "E"}
+    meaning = {letters[name]: name for name in blocks}
     return model_fields(config, blocks, per_layer(config, "hybrid_override_pattern", meaning))
 
 
-def qwen_hybrid(config: Config, blocks: dict[str, Fields], ffns: list[str]) -> Fields:
-    """Gated DeltaNet on three layers of four, gated attention on the fourth; `blocks` maps ffn name to shape."""
+def qwen_hybrid(config: Config, ffns: dict[str, Fields], order: list[str]) -> Fields:
+    """Gated DeltaNet on three layers of four, gated attention on the fourth; `order` names each layer's feed-forward.
+
+    A multi-token-prediction module (`mtp_num_hidden_layers`) is an attention layer; it shares embedding and head.
+    """
     every = config.integer("full_attention_interval", default=4)
     meaning = {"linear_attention": "deltanet", "full_attention": "attention"}
-    order = per_layer(
-        config, "layer_types", meaning, lambda layer: "deltanet" if (layer + 1) % every else "attention"
-    )
+    kinds = per_layer(config, "layer_types", meaning, lambda layer: "deltanet" if (layer + 1) % every else "attention")
     mixers = {
         "attention": attention(config, qk_norm="head", output_gate=True, **bias(config, out=True)),
         "deltanet": {
@@ -156,25 +152,40 @@ def qwen_hybrid(config: Config, blocks: dict[str, Fields], ffns: list[str]) -> F
             "conv": config.integer("linear_conv_kernel_dim", default=4),
         },
     }
-    shapes = {f"{m}_{f}": {"mixer": mixers[m], "ffn": blocks[f]} for m in mixers for f in blocks}
-    return model_fields(config, shapes, [f"{m}_{f}" for m, f in zip(order, ffns, strict=True)])
+    blocks = {f"{m}_{f}": {"mixer": mixers[m], "ffn": ffns[f]} for m in mixers for f in ffns}
+    names = [f"{m}_{f}" for m, f in zip(kinds, order, strict=True)]
+    module = prediction_module(config, blocks[f"attention_{order[-1]}"], copies=False)
+    mtp = config.integer("mtp_num_hidden_layers", default=0) * module
+    return model_fields(config, blocks, names, mtp_parameters=mtp)
 
 
 @family("Qwen3NextForCausalLM", "Qwen3_5MoeForCausalLM")
 def qwen3_next(config: Config) -> Fields:
-    """Qwen3-Next and the text part of Qwen3.5-MoE."""
-    dense, mixture = qwen_ffn(config)
-    return qwen_hybrid(config, {"dense": dense, "moe": mixture}, sparse_layers(config))
+    """Qwen3-Next and the text part of Qwen3.5-MoE, where every layer is a mixture."""
+    order = sparse_layers(config)
+    return qwen_hybrid(config, qwen_ffns(config, order), order)
+
+
+@family("Qwen3_5MoeForConditionalGeneration")
+def qwen3_5_moe(config: Config) -> Fields:
+    """Qwen3.5-MoE with its vision encoder."""
+    return multimodal(config, qwen3_next)
 
 
 @family("Qwen3_5ForCausalLM")
-def qwen3_5(config: Config) -> Fields:
+def qwen3_5_text(config: Config) -> Fields:
     """The text part of a dense Qwen3.5."""
     dense = {"kind": "mlp", "inter": config.integer("intermediate_size")}
     return qwen_hybrid(config, {"dense": dense}, ["dense"] * config.integer("num_hidden_layers"))
 
 
-@family("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM")
+@family("Qwen3_5ForConditionalGeneration")
+def qwen3_5(config: Config) -> Fields:
+    """Dense Qwen3.5 with its vision encoder."""
+    return multimodal(config, qwen3_5_text)
+
+
+@family("MiniMaxText01ForCausalLM", "MiniMaxM1ForCausalLM", "MiniMaxForCausalLM")
 def minimax_01(config: Config) -> Fields:
     """MiniMax-01: lightning attention, with softmax attention on every eighth layer (arXiv:2501.08313)."""
     full = attention(config)
@@ -182,30 +193,45 @@ def minimax_01(config: Config) -> Fields:
         "lightning": {"kind": "lightning", "heads": full["heads"], "head_dim": full["head_dim"]},
         "attention": full,
     }
-    ffn = {
-        "kind": "moe",
-        "experts": config.integer("num_local_experts"),
-        "top_k": config.integer("num_experts_per_tok"),
-        "inter": config.integer("intermediate_size"),
-        "shared_inter": config.integer("shared_intermediate_size", default=0),
-    }
+    ffn = mixture(config, shared_inter=config.integer("shared_intermediate_size", default=0))
     blocks = {name: {"mixer": mixer, "ffn": ffn} for name, mixer in mixers.items()}
-    return model_fields(config, blocks, per_layer(config, "attn_type_list", {0: "lightning", 1: "attention"}))
+    if "layer_types" in config:
+        order = per_layer(config, "layer_types", {"linear_attention": "lightning", "full_attention": "attention"})
+    else:
+        order = per_layer(config, "attn_type_list", {0: "lightning", 1: "attention"})
+    return model_fields(config, blocks, order)
+
+
+# Mamba-2 keys of Bamba and Granite.
+_MAMBA_D = {
+    "num_heads": "mamba_n_heads", "head_dim": "mamba_d_head", "state_size": "mamba_d_state",
+    "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "use_conv_bias": "mamba_conv_bias",
+    "use_bias": "mamba_proj_bias", "expand": "mamba_expand",
+}  # fmt: skip
 
 
 @family("BambaForCausalLM")
 def bamba(config: Config) -> Fields:
     """Bamba: Mamba-2 layers with a few attention layers, all followed by a dense feed-forward."""
-    names = {
-        "num_heads": "mamba_n_heads", "head_dim": "mamba_d_head", "state_size": "mamba_d_state",
-        "n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "use_conv_bias": "mamba_conv_bias",
-        "use_bias": "mamba_proj_bias", "expand": "mamba_expand",
-    }  # fmt: skip
     ffn = {"kind": "mlp", "inter": config.integer("intermediate_size")}
-    blocks = {
-        "mamba": {"mixer": mamba2(config, **names), "ffn": ffn},
-        "attention": {"mixer": attention(config, **bias(config, out=True)), "ffn": ffn},
-    }
     chosen = config.get("attn_layer_indices")
     layers = range(config.integer("num_hidden_layers"))
-    return model_fields(config, blocks, ["attention" if layer in chosen else "mamba" for layer in layers])
+    return mamba2_and_attention(config, ffn, ["attention" if layer in chosen else "mamba" for layer in layers])
+
+
+@family("GraniteMoeHybridForCausalLM")
+def granite_hybrid(config: Config) -> Fields:
+    """Granite 4 hybrid: a shared expert in every layer, beside a mixture or alone."""
+    shared = config.integer("shared_intermediate_size")
+    if config.integer("num_local_experts", default=0):
+        ffn = mixture(config, shared_inter=shared)
+    else:
+        ffn = {"kind": "mlp", "inter": shared}
+    meaning = {"mamba": "mamba", "linear_attention": "mamba", "attention": "attention", "full_attention": "attention"}
+    return mamba2_and_attention(config, ffn, per_layer(config, "layer_types", meaning))
+
+
+def mamba2_and_attention(config: Config, ffn: Fields, order: list[str]) -> Fields:
+    """Layers of either mixer, all with the same feed-forward."""
+    mixers = {"mamba": mamba2(config, **_MAMBA_D), "attention": attention(config, **bias(config, out=True))}
+    return model_fields(config, {name: {"mixer": mixer, "ffn": ffn} for name, mixer in mixers.items()}, order)

@@ -30,6 +30,13 @@ def _non_negative(text: Any, kind: str) -> float:
     return value
 
 
+def _number(value: Any) -> Any:
+    """Pydantic reads `true` as 1; a count that says so is a mistake."""
+    if isinstance(value, (bool, str)):
+        raise ValueError(f"expected a number, got {value!r}")
+    return value
+
+
 def _quantity(kind: str, check: Any = _positive) -> Any:
     return Annotated[float, BeforeValidator(partial(check, kind=kind)), Field(json_schema_extra={"unit": kind})]
 
@@ -61,9 +68,9 @@ else:
     Money = _quantity("money", _non_negative)
     Price = _quantity("price", _non_negative)
     EnergyPrice = _quantity("energy_price", _non_negative)
-    Count = Annotated[int, Field(ge=1)]
-    Natural = Annotated[int, Field(ge=0)]
-    Fraction = Annotated[float, Field(ge=0, le=1)]
+    Count = Annotated[int, BeforeValidator(_number), Field(ge=1)]
+    Natural = Annotated[int, BeforeValidator(_number), Field(ge=0)]
+    Fraction = Annotated[float, BeforeValidator(_number), Field(ge=0, le=1)]
 
 UNVERIFIED = "unverified"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -22,6 +22,7 @@ _NULL = re.compile(r"^(?:~|null|Null|NULL|)$")
 _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*$")
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
+_QUOTED = re.compile(r"'([^']*)'")
 _SPECIAL = {".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
 
@@ -57,14 +58,18 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 def _build(node: yaml.Node, path: Key, lines: dict[Key, int], file: str) -> Any:
     lines.setdefault(path, node.start_mark.line + 1)
+    if node.tag.startswith("!") and node.tag != "!":
+        raise SpecError(f"tags such as {node.tag!r} are not read", file=file, line=node.start_mark.line + 1)
     if isinstance(node, yaml.ScalarNode):
         return _scalar(node)
     if isinstance(node, yaml.SequenceNode):
         return [_build(child, (*path, i), lines, file) for i, child in enumerate(node.value)]
     result: dict[str, Any] = {}
     for key_node, value_node in node.value:
-        key = _scalar(key_node)
         line = key_node.start_mark.line + 1
+        if not isinstance(key_node, yaml.ScalarNode):
+            raise SpecError("a key must be a single word or number", file=file, line=line)
+        key = _scalar(key_node)
         if not isinstance(key, (str, int)) or isinstance(key, bool):
             key = str(key_node.value)
         if key in result:
@@ -80,12 +85,15 @@ def parse(text: str, file: str = "<text>") -> Document:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        reason = getattr(error, "problem", None) or str(error)
+        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise SpecError(f"not valid YAML: {reason}", file=file, line=mark.line + 1 if mark else None) from None
     if node is None:
         raise SpecError("the file is empty", file=file)
     lines: dict[Key, int] = {}
-    return Document(_build(node, (), lines, file), file, lines)
+    try:
+        return Document(_build(node, (), lines, file), file, lines)
+    except RecursionError:
+        raise SpecError("nested too deeply, or an anchor that contains itself", file=file) from None
 
 
 def read(path: str | Path) -> Document:
@@ -112,7 +120,9 @@ def validate(document: Document, model: type[T]) -> T:
 
 
 def _first_problem(error: ValidationError, document: Document, model: type[BaseModel]) -> SpecError:
-    problem = error.errors(include_url=False)[0]
+    problems = error.errors(include_url=False)
+    # A misspelt key is both missing and unknown; the unknown one knows its line and the nearest spelling.
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     located: Key = tuple(problem["loc"])
     # Union members add tags that are not keys of the file: keep only what exists there, plus the last key.
     path: Key = ()
@@ -124,34 +134,35 @@ def _first_problem(error: ValidationError, document: Document, model: type[BaseM
     kind = problem["type"]
     if kind == "extra_forbidden":
         fields = _fields_at(model, located[:-1])
-        hint = did_you_mean(str(located[-1]), fields) or (f"; known keys: {', '.join(sorted(fields))}" if fields else "")
+        hint = did_you_mean(str(located[-1]), fields) or (f"; known keys: {', '.join(fields)}" if fields else "")
         return SpecError(f"unknown key {located[-1]!r}{hint}", file=document.file, line=line)
     if kind == "missing":
         return SpecError(f"missing key {name!r}", file=document.file, line=line)
     message = problem["msg"].removeprefix("Value error, ")
+    if kind == "union_tag_invalid":
+        tag, expected = str(problem["ctx"]["tag"]), str(problem["ctx"]["expected_tags"])
+        message = f"{tag!r} is not one of {expected}{did_you_mean(tag, re.findall(_QUOTED, expected))}"
     if kind == "literal_error":
         expected = str(problem.get("ctx", {}).get("expected", ""))
-        choices = re.findall(r"'([^']*)'", expected)
-        message = f"{problem['input']!r} is not one of {expected}{did_you_mean(str(problem['input']), choices)}"
+        hint = did_you_mean(str(problem["input"]), re.findall(_QUOTED, expected))
+        message = f"{problem['input']!r} is not one of {expected}{hint}"
     return SpecError(message, file=document.file, line=line, path=name)
 
 
 def _fields_at(model: type[BaseModel], path: Key) -> list[str]:
-    """Field names of the (nested) model class a path leads to; empty where the type is not a model."""
-    current: Any = model
+    """Field names of the (nested) record a path leads to; empty where it leads to a plain value.
+
+    A part that names no field is a key of a mapping, an index, or the tag (``kind``) that picks a union member.
+    """
+    records = [model]
     for part in path:
-        fields = getattr(current, "model_fields", None)
-        if isinstance(part, int) or fields is None or part not in fields:
-            continue
-        current = _model_in(fields[part].annotation)
-    return list(getattr(current, "model_fields", {}))
+        fields = [r.model_fields[str(part)] for r in records if part in r.model_fields]
+        tagged = [r for r in records if "kind" in r.model_fields and r.model_fields["kind"].default == part]
+        records = [m for f in fields for m in _records_in(f.annotation)] if fields else tagged or records
+    return sorted({name for record in records for name in record.model_fields})
 
 
-def _model_in(annotation: Any) -> Any:
+def _records_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    for argument in getattr(annotation, "__args__", ()):
-        found = _model_in(argument)
-        if found is not None:
-            return found
-    return None
+        return [annotation]
+    return [record for argument in get_args(annotation) for record in _records_in(argument)]

@@ -1,0 +1,1 @@
+"""Serving under load: workloads, closed forms for percentiles, and an event simulation that checks them."""

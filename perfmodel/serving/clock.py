@@ -1,0 +1,135 @@
+"""Step times of one instance as small tables, so that closed forms and the simulation share one clock.
+
+A step with b decoding sequences of total context X and prefill chunks (q_i, c_i) takes
+    host(b) + tokenwise(b + sum q) + attention_decode(b, X) + sum attention_prefill(q_i, c_i)
+where the token-wise part is tabulated over tokens, decode attention is affine in X for each b, and prefill
+attention is interpolated over (q, c).
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+
+import numpy as np
+
+from perfmodel import roofline
+from perfmodel.estimator import Estimator
+from perfmodel.graph import Phase
+from perfmodel.ops.shard import Group
+
+
+class StepClock:
+    """Tabulated step times of an Estimator. `context`: typical tokens per sequence, where the tables are fitted."""
+
+    def __init__(self, estimator: Estimator, context: float) -> None:
+        self.estimator = estimator
+        engine, law = estimator.engine, estimator.machine.law
+        self.chunk = engine.chunk_tokens
+        self.max_batch = engine.max_sequences
+        b = np.arange(1, self.max_batch + 1, dtype=float)
+        # decode() with one attended token has almost no attention: token-wise part, host and fixed latencies.
+        low, high = max(16.0, context / 2), max(64.0, context * 2)
+        at_low = np.asarray(estimator.decode(b, low))
+        at_high = np.asarray(estimator.decode(b, high))
+        self._slope = np.concatenate([[0.0], (at_high - at_low) / (b * (high - low))])
+        self._decode = np.concatenate([[0.0], at_low - self._slope[1:] * b * low])
+        self._tokens = np.unique(np.geomspace(1, 2 * self.chunk + self.max_batch, 160).round())
+        self._tokenwise = self._evaluate(self._tokens, 0.0, contextual=False) + self._launch_floor(self._tokens)
+        self._grid_q = np.unique(np.geomspace(1, 2 * self.chunk, 24).round())
+        self._grid_c = np.concatenate([[0.0], np.geomspace(256, max(65536.0, 4 * context), 9)])
+        q, c = np.meshgrid(self._grid_q, self._grid_c, indexing="ij")
+        self._attention = self._evaluate(q.ravel(), c.ravel(), contextual=True).reshape(q.shape)
+        self._floor = float(self._attention[0, 0])
+        self._host_base, self._host_each = float(law["host_base"]), float(law["host_per_sequence"])
+        self._token_list = self._tokens.tolist()
+        self._wise_list = self._tokenwise.tolist()
+        self.decode_base = self._decode.tolist()
+        self.decode_slope = self._slope.tolist()
+
+    def _evaluate(self, q: np.ndarray, c: np.ndarray | float, *, contextual: bool) -> np.ndarray:
+        e = self.estimator
+        schedule = e.lower(Phase((Group(1.0, q, c),))).schedule
+        seconds = roofline.cost(schedule, e.machine, contextual=contextual).seconds
+        return np.broadcast_to(np.asarray(seconds, float), q.shape).copy()
+
+    def _launch_floor(self, tokens: np.ndarray) -> np.ndarray:
+        """Time that launching one by one adds beyond the device's: zero for long steps, which hide it."""
+        e = self.estimator
+        whole = np.asarray(e.prefill(1, tokens))
+        device = self._evaluate(tokens, 0.0, contextual=False) + self._evaluate(tokens, 0.0, contextual=True)
+        host = e.machine.law["host_base"] + e.machine.law["host_per_sequence"]
+        return np.maximum(whole - device - e.machine.law["host_serial"] * host, 0.0)
+
+    def host(self, sequences: float) -> float:
+        """Host seconds of a step that the device waits for."""
+        serial = self.estimator.machine.law["host_serial"]
+        return float(serial) * (self._host_base + self._host_each * sequences)
+
+    def decode(self, batch: float, total_context: float) -> float:
+        """Step of `batch` sequences that attend `total_context` tokens together; batch may be fractional."""
+        if batch <= 0:
+            return 0.0
+        i = min(int(batch), self.max_batch)
+        if i == batch or i == self.max_batch:
+            return self.decode_base[i] + self.decode_slope[i] * total_context
+        low = self.decode_base[max(i, 1)] + self.decode_slope[max(i, 1)] * total_context
+        high = self.decode_base[i + 1] + self.decode_slope[i + 1] * total_context
+        return low + (batch - i) * (high - low) if i else high
+
+    def tokenwise(self, tokens: float) -> float:
+        """Linear layers, norms, collectives of a step of `tokens` new tokens."""
+        i = bisect_right(self._token_list, tokens)
+        if i == 0:
+            return self._wise_list[0]
+        if i == len(self._token_list):
+            return self._wise_list[-1] * tokens / self._token_list[-1]
+        x0, x1 = self._token_list[i - 1], self._token_list[i]
+        y0, y1 = self._wise_list[i - 1], self._wise_list[i]
+        return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
+
+    def attention(self, q: float, c: float) -> float:
+        """Prefill attention of one chunk beyond its fixed latency."""
+        return float(self.attention_array(np.array([q]), np.array([c]))[0])
+
+    def attention_array(self, q: np.ndarray, c: np.ndarray) -> np.ndarray:
+        """Bilinear look-up over (new tokens, cached tokens), fixed latency left out."""
+        i = np.clip(np.searchsorted(self._grid_q, q, side="right") - 1, 0, self._grid_q.size - 2)
+        j = np.clip(np.searchsorted(self._grid_c, c, side="right") - 1, 0, self._grid_c.size - 2)
+        u = (q - self._grid_q[i]) / (self._grid_q[i + 1] - self._grid_q[i])
+        v = (c - self._grid_c[j]) / (self._grid_c[j + 1] - self._grid_c[j])
+        a = self._attention
+        low = a[i, j] * (1 - u) + a[i + 1, j] * u
+        high = a[i, j + 1] * (1 - u) + a[i + 1, j + 1] * u
+        return low * (1 - v) + high * v - self._floor
+
+    def step(self, batch: int, total_context: float, chunks: list[tuple[float, float]]) -> float:
+        """Seconds of one step: `batch` decoding sequences and prefill chunks of (new tokens, cached tokens)."""
+        if not chunks:
+            return self.decode(batch, total_context)
+        new = sum(q for q, _ in chunks)
+        seconds = self.host(batch + len(chunks)) + self.tokenwise(batch + new) + self._floor
+        seconds += sum(self.attention(q, c) for q, c in chunks)
+        return seconds + (self.decode_slope[batch] * total_context if batch else 0.0)
+
+    def prefill_work(self, inputs: np.ndarray, batch: float, total_context: float) -> np.ndarray:
+        """Seconds that prefilling each input adds to steps which already decode `batch` sequences.
+
+        Long inputs take several chunks; each chunk's step would otherwise have been a decode step (batch > 0).
+        """
+        work = np.zeros(inputs.shape)
+        done = np.zeros(inputs.shape)
+        alone = batch < 1
+        saved = self.decode(batch, total_context) - self._attention_share(batch, total_context)
+        room = max(self.chunk - batch, 1.0)
+        while np.any(done < inputs):
+            q = np.minimum(inputs - done, room)
+            live = q > 0
+            tokens = np.where(live, q, 1.0)
+            wise = np.interp(batch + tokens, self._tokens, self._tokenwise) + self._floor + self.host(batch + 1)
+            cost = wise + self.attention_array(tokens, done) - (0.0 if alone else saved)
+            work += np.where(live, np.maximum(cost, 1e-6), 0.0)
+            done += np.maximum(q, 0.0)
+        return work
+
+    def _attention_share(self, batch: float, total_context: float) -> float:
+        return self.decode_slope[min(max(int(batch), 0), self.max_batch)] * total_context
