@@ -11,15 +11,39 @@ from perfmodel.symbols import Num
 _CUSTOM_RANKS = 8
 
 
-def collective_seconds(kind: str, message: Num, sent: Num, ranks: Num, m: Machine, *, spans_nodes: bool) -> Num:
+def in_node(ranks: Num, stride: Num, m: Machine) -> Num:
+    """How many of a group's ranks share a node. A device without a node meets the others on its own port."""
+    if m.node is None:
+        return ranks
+    return np.minimum(ranks, np.maximum(m.devices_per_node / stride, 1))
+
+
+def collective_seconds(kind: str, message: Num, sent: Num, ranks: Num, m: Machine, local: Num) -> Num:
     """Time of one collective of `message` bytes over `ranks` devices of which each sends `sent` bytes.
 
-    Inside a node: ring (2(n-1) or n-1 hops), one-shot, two-shot or in-switch reduction, whichever is
-    fastest. Across nodes: two levels, with the part between nodes at the NIC's rate.
+    `local` ranks share a node. Inside it: ring (2(n-1) or n-1 hops), one-shot, two-shot or in-switch reduction,
+    whichever is fastest. Across nodes: two levels, with the part between nodes at the NIC's rate.
     """
-    if spans_nodes:
-        return _two_level(kind, message, sent, ranks, m)
+    if np.any(ranks > local):
+        return _two_level(kind, message, sent, ranks, m, local)
     return _inside(kind, message, sent, ranks, m)
+
+
+def fewest_bytes(kind: str, message: Num, sent: Num, ranks: Num, m: Machine, local: Num) -> Num:
+    """Bytes each device must put on the slowest path whatever the algorithm: NIC across nodes, else the link."""
+    if not np.any(ranks > local):
+        # A switch that adds sends every device's buffer up once.
+        return np.minimum(sent, message) if kind == "all_reduce" and m.in_switch else sent
+    remote = ranks / local
+    match kind:
+        case "p2p":
+            return message
+        case "all_to_all":
+            return sent * (ranks - local) / (ranks - 1)
+        case "all_reduce":
+            return 2 * (remote - 1) / remote * message / local
+        case _:
+            return (remote - 1) / remote * message / local
 
 
 def link_rate(m: Machine) -> Num:
@@ -55,25 +79,18 @@ def _inside(kind: str, message: Num, sent: Num, ranks: Num, m: Machine) -> Num:
     return best
 
 
-def _two_level(kind: str, message: Num, sent: Num, ranks: Num, m: Machine) -> Num:
+def _two_level(kind: str, message: Num, sent: Num, ranks: Num, m: Machine, local: Num) -> Num:
     """Inside each node, then between nodes on 1/local of the data, then inside again (hierarchical rings)."""
-    local = np.minimum(ranks, m.devices_per_node)
-    remote = np.maximum(ranks / local, 1)
-    wire = np.where(m.network > 0, m.network * m.network_efficiency, np.nan)
+    wire = m.network * m.network_efficiency
     alpha = m.network_latency
+    crossing = fewest_bytes(kind, message, sent, ranks, m, local) / wire
     if kind == "p2p":
-        return m.kernel_latency + alpha + message / wire
+        return m.kernel_latency + alpha + crossing
     if kind == "all_to_all":
-        away = (remote - 1) / remote
-        return m.kernel_latency + alpha * np.maximum(np.log2(ranks), 1) + sent * away / wire
-    inner_share = (local - 1) / local * message
-    if kind == "all_reduce":
-        inner = _inside("reduce_scatter", message, inner_share, local, m) + _inside(
-            "all_gather", message, inner_share, local, m
-        )
-        shard = message / local
-        outer = 2 * (remote - 1) * alpha + 2 * (remote - 1) / remote * shard / wire
-    else:
-        inner = _inside(kind, message, inner_share, local, m)
-        outer = (remote - 1) * alpha + (remote - 1) / remote * message / local / wire
-    return inner + outer
+        return m.kernel_latency + alpha * np.maximum(np.log2(ranks), 1) + crossing
+    hops = (2 if kind == "all_reduce" else 1) * (ranks / local - 1) * alpha
+    share = (local - 1) / local * message
+    phases = ("reduce_scatter", "all_gather") if kind == "all_reduce" else (kind,)
+    if np.all(local == 1):
+        return m.kernel_latency + hops + crossing
+    return sum(_inside(phase, message, share, local, m) for phase in phases) + hops + crossing

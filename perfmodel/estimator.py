@@ -75,6 +75,19 @@ def check_parallelism(model: Model, par: Parallelism) -> None:
             raise SpecError(f"--ep {par.ep} does not divide the {moes[0].experts} experts of {model.name}")
 
 
+def check_reach(model: Model, par: Parallelism, m: Machine) -> None:
+    """Raise SpecError where devices that must exchange data have no path between them."""
+    mixes = any(isinstance(b.ffn, Moe) for b in model.blocks.values())
+    # Data-parallel replicas of a dense model exchange nothing.
+    linked = par.devices if mixes else par.devices // par.dp
+    if m.node is None and linked > 1 and not m.device.links:
+        raise SpecError(f"{linked} x {m.device.name} must exchange data, and it has no port to another device")
+    if m.node is not None and linked > m.devices_per_node and not m.network:
+        raise SpecError(
+            f"{linked} devices must exchange data, and {m.name} has {m.devices_per_node} and no network to a second node"
+        )
+
+
 class Estimator:
     """Times of one model on one instance. Array methods return seconds as NumPy arrays for array inputs.
 
@@ -104,6 +117,7 @@ class Estimator:
         self.machine = base.with_engine(self.engine)
         self.par = Parallelism(tp, pp, dp, ep, cp)
         check_parallelism(self.model, self.par)
+        check_reach(self.model, self.par, self.machine)
         self.formats = choose_formats(self.model, self.machine, weight_dtype, act_dtype, kv_dtype)
         if mem_fraction is not None and not 0 < mem_fraction <= 1:
             raise SpecError(f"--mem-fraction must lie in (0, 1], got {mem_fraction}")

@@ -75,7 +75,8 @@ def lower(model: Model, phase: Phase, par: Parallelism, formats: Formats) -> Pro
         items.append(Repeat(body, count * longest_stage, name))
     items.append(_head(model, shard, phase))
     if not is_one(par.pp):
-        hop = collective("stage_hop", "p2p", shard.tokens * model.hidden / par.tp, formats.act.width, par.pp)
+        hidden = shard.tokens * model.hidden / par.tp
+        hop = collective("stage_hop", "p2p", hidden, formats.act.width, par.pp, stride=par.group)
         items.append(Repeat(hop, par.pp - 1, "pipeline"))
     return Program(Seq(tuple(items), "pass"))
 
@@ -94,6 +95,9 @@ def _embed(model: Model, s: Shard) -> Seq:
     f = s.formats
     table = f.stored("embedding").width
     ops = [elementwise.embedding(s.tokens, model.embedding_dim or model.hidden, table, f.act.width)]
+    if model.embedding_dim:
+        ops += gemm("project_in", s.tokens, model.hidden, model.embedding_dim, weight=f.stored("embedding"), act=f.act,
+                    dtype=f.compute("embedding"))  # fmt: skip
     if model.embedding_norm:
         ops.append(elementwise.norm("embedding_norm", s.tokens, s.hidden, f.act.width, residual=False))
     # Vocabulary-parallel tables leave each rank with the rows it owns; the sum completes them.
@@ -214,7 +218,8 @@ def _mixer_cache(mixer: Any, sequences: Num, tokens: Num, par: Parallelism, f: F
     return recurrent_state(mixer, sequences, par.tp, f.state_width, f.act.width, name)
 
 
-_STRUCTURAL = {"top_k", "groups", "top_groups", "conv", "norms"}
+# Sizes that no count depends on: they only enter the expected number of ranks, R.
+_STRUCTURAL = {"top_groups"}
 
 
 def symbolic_model(model: Model) -> Any:

@@ -166,7 +166,8 @@ def from_device(device: Device, node: Node | None) -> Machine:
         tdp=device.power.tdp if device.power else 0.0,
         node_overhead_power=node.power.overhead if node and node.power else 0.0,
         law={k: p.value for k, p in shared.items()},
-        sigma={k: s for k, s in sigma.items() if s > 0},
+        # Power parameters move no time.
+        sigma={k: s for k, s in sigma.items() if s > 0 and not k.startswith("power_")},
         evidence={k: v.evidence for k, v in found.items()},
         provenance=_provenance(found),
         **{k: v.parameter.value for k, v in found.items()},

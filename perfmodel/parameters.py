@@ -35,7 +35,8 @@ from perfmodel.spec.model import (
 )
 
 Part = Literal[
-    "attention", "latent", "ssm", "dense_ffn", "experts", "shared", "router", "norm", "embedding", "head", "vision", "other"
+    "attention", "latent", "ssm", "dense_ffn", "experts", "shared", "router", "norm", "embedding", "head", "vision",
+    "other",
 ]  # fmt: skip
 # An integer, a NumPy array or a SymPy expression.
 Number = Any

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from perfmodel.collectives import collective_seconds
+from perfmodel.collectives import collective_seconds, fewest_bytes, in_node
 from perfmodel.machine import Machine
 from perfmodel.ops.traffic import Op
 from perfmodel.schedule import Node, Par, Repeat, Seq
@@ -175,13 +175,15 @@ def _matrix_product(op: Op, m: Machine, groups: Num) -> tuple[Num, Num]:
         reuse = (tile_m * tile_n / (tile_m + tile_n)) / (128 * 256 / (128 + 256))
         per_flop = 2 * tile_m * tile_n / (per_unit * reuse**0.25)
         for split in _SPLITS:
-            if split > 1 and np.all(grid >= m.units):
+            # Only a grid that leaves units idle is split along k.
+            useful = (split == 1) | (grid < m.units)
+            if not np.any(useful):
                 continue
             tiles = grid * split
             waves = np.ceil(tiles / m.units)
             seconds = waves * (per_flop * depth / split + m.law["tile_overhead"])
-            best = np.minimum(best, seconds)
-            most_tiles = np.maximum(most_tiles, tiles)
+            best = np.minimum(best, np.where(useful, seconds, np.inf))
+            most_tiles = np.maximum(most_tiles, np.where(useful, tiles, 0.0))
     loading = np.minimum(1.0, most_tiles / (m.units * m.law["units_to_saturate_memory"]))
     return np.maximum(best, flops / (m.peak(dtype) * m.matrix_efficiency)), loading
 
@@ -189,21 +191,23 @@ def _matrix_product(op: Op, m: Machine, groups: Num) -> tuple[Num, Num]:
 def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     """(compute seconds, share of the memory rate, vector seconds) of fused attention.
 
-    Work items: one per sequence, head and query tile (prefill), or per sequence, KV head and context split (decode).
-    Their last wave is partly empty; causal tiles compute masked work on the diagonal; short query groups
-    are padded to the matrix instruction.
+    The query rows that share a KV head fill tiles, the last one padded (below one tile, to the matrix instruction).
+    Work items are one per sequence, KV head and tile, and along the context as many as the units have room for. Their last
+    wave is partly empty; causal tiles compute masked work on the diagonal.
     """
     s, law = op.shape, m.law
     dtype = next((u for u in op.flops if u not in ("vector", "exp")), None)
     n, q, kv_len = s["n"], s["q"], s["kv_len"]
     packed = s["heads"] / s["kv_heads"] * q  # query rows that share one KV head
     tile = law["attention_tile"]
-    split = np.maximum(np.minimum(kv_len / law["decode_chunk"], m.units / (n * s["kv_heads"])), 1.0)
-    items = np.where(q > tile / 8, n * s["heads"] * np.ceil(q / tile), n * s["kv_heads"] * np.ceil(split))
+    tiles = n * s["kv_heads"] * np.ceil(packed / tile)
+    step = np.where(packed < tile, _SMALLEST_ROWS, tile)
+    padding = np.ceil(packed / step) * step / packed
+    items = tiles * np.maximum(np.minimum(kv_len / law["decode_chunk"], m.units / tiles), 1.0)
     full = items / m.units
-    tail = np.where(full < 1, 1 / full, 1 + 0.5 / np.maximum(full, 1))
+    # One wave when it is not filled; beyond, half a wave more on average.
+    tail = np.where(full < 1, 1 / full, 1 + 0.5 / np.maximum(full, 1) * (1 - 1 / np.maximum(full, 1)))
     waste = 1 + law["attention_padding"] * (q > 1) / np.maximum(kv_len, 1)
-    padding = np.maximum(_SMALLEST_ROWS / packed, 1.0)
     loading = np.minimum(1.0, items / (m.units * law["units_to_saturate_memory"]))
     if dtype is None:
         return 0.0, loading, vector
@@ -213,10 +217,10 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
 
 def _collective(op: Op, m: Machine) -> Cost:
     ranks = op.shape["ranks"]
-    kind = next(k for k in op.shape if k != "ranks")
+    kind = next(k for k in op.shape if k not in ("ranks", "stride"))
     message = op.shape[kind]
     sent = sum((t.bytes for t in op.traffic if t.path == "fabric"), start=0.0)
-    spans = bool(np.any(ranks > m.devices_per_node))
-    seconds = np.where(ranks > 1, collective_seconds(kind, message, sent, ranks, m, spans_nodes=spans), 0.0)
-    resource, peak = ("network", m.network) if spans else ("link", m.link)
-    return Cost(seconds, 1.0, {resource: seconds}, {resource: sent / peak if peak else seconds})
+    local = in_node(ranks, op.shape["stride"], m)
+    seconds = np.where(ranks > 1, collective_seconds(kind, message, sent, ranks, m, local), 0.0)
+    resource, peak = ("network", m.network) if np.any(ranks > local) else ("link", m.link)
+    return Cost(seconds, 1.0, {resource: seconds}, {resource: fewest_bytes(kind, message, sent, ranks, m, local) / peak})

@@ -65,11 +65,15 @@ _ALPHABET = (
     Symbol("dt_rank", "r_{dt}", "rank of the time-step projection", "element", 1, 1e5),
     Symbol("key_heads", "H_k", "key heads of a delta-rule mixer", "1", 1, 1e4),
     Symbol("value_heads", "H_v", "value heads of a delta-rule mixer", "1", 1, 1e4),
-    Symbol("key_dim", "d_k", "key dimension of a delta-rule mixer", "element", 1, 1e4),
-    Symbol("value_dim", "d_v", "value dimension of a delta-rule mixer", "element", 1, 1e4),
+    Symbol("key_dim", "d_{\\Delta k}", "key dimension of a delta-rule mixer", "element", 1, 1e4),
+    Symbol("value_dim", "d_{\\Delta v}", "value dimension of a delta-rule mixer", "element", 1, 1e4),
 )  # fmt: skip
 
 ALPHABET: dict[str, Symbol] = {s.name: s for s in _ALPHABET}
+
+
+# Shares of a batch and expectations need not be whole; sizes and degrees are, which lets SymPy drop their ceilings.
+_FRACTIONAL = {"B", "Q", "C", "R"}
 
 
 @lru_cache(maxsize=1024)
@@ -77,9 +81,8 @@ def symbol(name: str, index: str = "") -> Any:
     """The SymPy symbol of an alphabet entry, with an optional index for one kind of layer."""
     import sympy
 
-    if name not in ALPHABET:
-        raise KeyError(name)
-    return sympy.Symbol(f"{name}_{index}" if index else name, positive=True)
+    whole = ALPHABET[name].unit != "byte" and name not in _FRACTIONAL
+    return sympy.Symbol(f"{name}_{index}" if index else name, positive=True, integer=whole or None)
 
 
 def latex(name: str) -> str:
@@ -87,7 +90,7 @@ def latex(name: str) -> str:
     base = name if name in ALPHABET else name.rsplit("_", 1)[0]
     index = name[len(base) + 1 :]
     text = ALPHABET[base].latex if base in ALPHABET else name
-    return f"{{{text}}}_{{\\mathrm{{{index}}}}}" if index else text
+    return f"{text}^{{({index})}}" if index else text
 
 
 def symbolic(x: Num) -> bool:

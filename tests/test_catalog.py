@@ -109,7 +109,7 @@ def test_the_users_folder_comes_first(add: Add, tmp_path: Path) -> None:
     add("h100-sxm", title="Mine")
     catalog.use_specs(tmp_path / "specs")
     assert catalog.load_device("h100-sxm").title == "Mine" != builtin.title
-    assert catalog.load_device("a100-sxm-80gb").vendor == "NVIDIA"
+    assert catalog.load_device("a100-sxm-80gb").vendor == "nvidia"
 
 
 def test_the_users_alias_beats_a_built_in_name(add: Add, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def plain_mlp(config: Config, *, bias: bool = True) -> Fields:
 
 @family("GPT2LMHeadModel", "GPTBigCodeForCausalLM")
 def gpt2(config: Config) -> Fields:
-    """GPT-2 and GPT-3 (arXiv:2005.14165): learned positions, biases everywhere. SantaCoder and StarCoder: one KV head."""
+    """GPT-2 and GPT-3 (arXiv:2005.14165): learned positions, biases everywhere; StarCoder (GPTBigCode): one KV head."""
     config = renamed(config, **_GPT_KEYS)
     multi_query = config.architecture == "GPTBigCodeForCausalLM" and flag(config, "multi_query", default=True)
     mixer = attention(config, qkv_bias=True, out_bias=True, **({"kv_heads": 1} if multi_query else {}))
@@ -41,9 +41,7 @@ def gpt2(config: Config) -> Fields:
 def gptj(config: Config) -> Fields:
     """GPT-J: parallel branches under one LayerNorm, biases on the feed-forward and the head only."""
     config = renamed(config, **_GPT_KEYS)
-    return decoder(
-        config, attention(config), plain_mlp(config), norm="layer", norms=1, parallel=True, head_bias=True
-    )
+    return decoder(config, attention(config), plain_mlp(config), norm="layer", norms=1, parallel=True, head_bias=True)
 
 
 @family("GPTNeoXForCausalLM")
@@ -87,9 +85,9 @@ def bloom(config: Config) -> Fields:
 def falcon(config: Config) -> Fields:
     """Falcon (arXiv:2311.16867): 7B is multi-query under one norm, the new architecture has KV groups and two norms."""
     config = renamed(
-        config, num_hidden_layers="n_layer", num_attention_heads="n_head", intermediate_size="ffn_hidden_size"
-    )
-    config = renamed(config, num_key_value_heads="num_kv_heads", hidden_size="n_embed")
+        config, hidden_size="n_embed", num_hidden_layers="n_layer", num_attention_heads="n_head",
+        num_key_value_heads="num_kv_heads",
+    )  # fmt: skip
     new = flag(config, "new_decoder_architecture") or (config.architecture == "RWForCausalLM" and "n_head_kv" in config)
     parallel = new or flag(config, "parallel_attn", default=True)
     bias = flag(config, "bias")
@@ -102,9 +100,9 @@ def falcon(config: Config) -> Fields:
         heads = {"kv_heads": config.integer("num_attention_heads")}
     norms = config.integer("num_ln_in_parallel_attn", default=2 if new or not parallel else 1)
     mixer = attention(config, qkv_bias=bias, out_bias=bias, **heads)
-    return decoder(
-        config, mixer, plain_mlp(config, bias=bias), norm="layer", norms=norms, parallel=parallel, tied=True
-    )
+    inter = config.integer("ffn_hidden_size", default=4 * config.integer("hidden_size"))
+    ffn = {"kind": "mlp", "inter": inter, "gated": False, "bias": bias}
+    return decoder(config, mixer, ffn, norm="layer", norms=norms, parallel=parallel, tied=True)
 
 
 @family("PhiForCausalLM")

@@ -80,7 +80,7 @@ def every(config: Config, period: int) -> list[bool]:
     return [(layer + 1) % period != 0 for layer in range(config.integer("num_hidden_layers"))]
 
 
-@family("LlamaForCausalLM", "YiForCausalLM", "AquilaForCausalLM", "AquilaModel", "BaichuanForCausalLM", "BaiChuanForCausalLM")
+@family("LlamaForCausalLM", "YiForCausalLM", "AquilaForCausalLM", "BaichuanForCausalLM", "BaiChuanForCausalLM")
 def llama(config: Config) -> Fields:
     """Llama (arXiv:2302.13971, 2307.09288, 2407.21783) and the models stored in its shape."""
     config = renamed(config, max_position_embeddings="model_max_length") if _is_baichuan(config) else config
@@ -252,9 +252,7 @@ def olmo(config: Config) -> Fields:
 def cohere(config: Config) -> Fields:
     """Command R: parallel branches under one LayerNorm without bias, which has as many parameters as an RMSNorm."""
     bias = flag(config, "attention_bias")
-    mixer = attention(
-        config, qkv_bias=bias, out_bias=bias, qk_norm="full" if flag(config, "use_qk_norm") else "none"
-    )
+    mixer = attention(config, qkv_bias=bias, out_bias=bias, qk_norm="full" if flag(config, "use_qk_norm") else "none")
     sliding: Fields = {}
     if config.architecture == "Cohere2ForCausalLM":
         config = Config({"sliding_window": 4096, **config.data}, config.file)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from perfmodel.errors import SpecError
-from perfmodel.import_hf.layout import Fields, attention, model_fields, per_layer
+from perfmodel.import_hf.layout import Fields, attention, model_fields, per_layer, positive
 from perfmodel.import_hf.moe import bias, mixture, multimodal, prediction_module, qwen_ffns, sparse_layers
 from perfmodel.import_hf.reader import Config, family
 
@@ -17,7 +17,7 @@ def mamba2(config: Config, **spellings: str) -> Fields:
         return spellings.get(name, name)
 
     hidden = config.integer("hidden_size")
-    heads = config.integer(key("num_heads"))
+    heads = positive(config, key("num_heads"))
     head_dim = config.get(key("head_dim"), default="auto")
     if head_dim == "auto":
         head_dim = config.integer(key("expand")) * hidden // heads
@@ -53,8 +53,7 @@ def mamba1(config: Config, prefix: str, **others: Any) -> Fields:
 def mamba2_lm(config: Config) -> Fields:
     """Mamba-2: one mixer and one norm per layer, no feed-forward (arXiv:2405.21060)."""
     blocks = {"mamba": {"mixer": mamba2(config), "norms": 1}}
-    tied = bool(config.get("tie_word_embeddings", default=True))
-    return model_fields(config, blocks, ["mamba"] * config.integer("num_hidden_layers"), tied_embeddings=tied)
+    return model_fields(config, blocks, ["mamba"] * config.integer("num_hidden_layers"))
 
 
 @family("MambaForCausalLM")
@@ -89,7 +88,7 @@ def jamba(config: Config) -> Fields:
     ffns = {"dense": {"kind": "mlp", "inter": inter}, "moe": mixture(filled, experts="num_experts")}
 
     def chosen(layer: int, what: str, period: int, offset: int) -> bool:
-        every = config.integer(f"{what}_layer_period", default=period)
+        every = positive(config, f"{what}_layer_period", default=period)
         return layer % every == config.integer(f"{what}_layer_offset", default=offset)
 
     order = []
@@ -111,9 +110,7 @@ def nemotron_h(config: Config) -> Fields:
     parts: dict[str, Fields] = {
         "mamba": {"mixer": mamba2(config, **names)},
         "attention": {"mixer": attention(config, **bias(config, out=True))},
-        "mlp": {
-            "ffn": {"kind": "mlp", "inter": config.integer("intermediate_size"), "gated": False, "bias": mlp_bias}
-        },
+        "mlp": {"ffn": {"kind": "mlp", "inter": config.integer("intermediate_size"), "gated": False, "bias": mlp_bias}},
     }
     if config.integer("n_routed_experts", default=0):
         experts = mixture(
@@ -138,7 +135,7 @@ def qwen_hybrid(config: Config, ffns: dict[str, Fields], order: list[str]) -> Fi
 
     A multi-token-prediction module (`mtp_num_hidden_layers`) is an attention layer; it shares embedding and head.
     """
-    every = config.integer("full_attention_interval", default=4)
+    every = positive(config, "full_attention_interval", default=4)
     meaning = {"linear_attention": "deltanet", "full_attention": "attention"}
     kinds = per_layer(config, "layer_types", meaning, lambda layer: "deltanet" if (layer + 1) % every else "attention")
     mixers = {

@@ -49,9 +49,17 @@ def model_fields(config: Config, blocks: dict[str, Fields], order: Sequence[str]
     }
 
 
+def positive(config: Config, *keys: str, default: Any = None) -> int:
+    """A whole number that something is divided by."""
+    value = config.integer(*keys) if default is None else config.integer(*keys, default=default)
+    if value < 1:
+        raise SpecError(f"{keys[0]!r} must be at least 1", file=config.file)
+    return value
+
+
 def attention(config: Config, **others: Any) -> Fields:
     """Grouped-query attention under Hugging Face's usual keys; head_dim defaults to hidden / heads."""
-    heads = config.integer("num_attention_heads")
+    heads = positive(config, "num_attention_heads")
     return {
         "kind": "attention",
         "heads": heads,
@@ -61,7 +69,9 @@ def attention(config: Config, **others: Any) -> Fields:
     }
 
 
-def per_layer(config: Config, key: str, meaning: dict[Any, str], default: Callable[[int], str] | None = None) -> list[str]:
+def per_layer(
+    config: Config, key: str, meaning: dict[Any, str], default: Callable[[int], str] | None = None
+) -> list[str]:
     """One name per layer from a list such as `layer_types`; without the list, `default(layer)`.
 
     Raises SpecError for a list of another length than the layers, or an entry that `meaning` does not know.

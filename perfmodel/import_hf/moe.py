@@ -6,14 +6,16 @@ from collections.abc import Callable
 from typing import Any
 
 from perfmodel.errors import SpecError
-from perfmodel.import_hf.layout import Fields, attention, model_fields, per_layer, window
+from perfmodel.import_hf.layout import Fields, attention, model_fields, per_layer, positive, window
 from perfmodel.import_hf.reader import Config, family
 from perfmodel.import_hf.vision import text_config, vision_fields
 from perfmodel.parameters import block_weights
 from perfmodel.spec.model import Block
 
 
-def mixture(config: Config, *, experts: str = "num_local_experts", inter: str = "intermediate_size", **others: Any) -> Fields:
+def mixture(
+    config: Config, *, experts: str = "num_local_experts", inter: str = "intermediate_size", **others: Any
+) -> Fields:
     """A mixture of experts; `experts` and `inter` name the keys, which differ between families."""
     return {
         "kind": "moe",
@@ -135,9 +137,7 @@ def llama4_text(config: Config) -> Fields:
         "dense": {"kind": "mlp", "inter": config.integer("intermediate_size_mlp")},
         "moe": mixture(config, shared_inter=config.integer("intermediate_size")),
     }
-    step = config.integer("interleave_moe_layer_step", default=1)
-    if step < 1:
-        raise SpecError("'interleave_moe_layer_step' must be at least 1", file=config.file)
+    step = positive(config, "interleave_moe_layer_step", default=1)
     mixtures = config.get("moe_layers", default=range(step - 1, layers, step))
     # Hugging Face writes 1 for a layer with rotary positions; an empty list means every fourth has none.
     every_fourth = [int((layer + 1) % 4 != 0) for layer in range(layers)]
@@ -182,7 +182,7 @@ def leading_dense(config: Config, mixer: Fields, *, router_bias: bool, copies: b
     )
     dense = {"kind": "mlp", "inter": config.integer("intermediate_size")}
     first = config.integer("first_k_dense_replace", default=0)
-    step = max(1, config.integer("moe_layer_freq", default=1))
+    step = positive(config, "moe_layer_freq", default=1)
     order = [
         "moe" if layer >= first and layer % step == 0 else "dense"
         for layer in range(config.integer("num_hidden_layers"))

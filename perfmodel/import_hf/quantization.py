@@ -37,14 +37,12 @@ def quantization_fields(config: Config) -> dict[str, Any]:
     quantization = _find(config)
     if not quantization:
         return fields
-    # hf_quant_config.json nests the same keys one level deeper.
-    quantization = quantization.get("quantization", quantization)
     file = config.file
     method = str(quantization.get("quant_method") or quantization.get("quant_algo") or "").lower()
     if method not in _METHODS:
         raise SpecError(f"unknown quant_method {method!r}{did_you_mean(method, _METHODS)}", file=file)
     name = _METHODS[method](quantization, file)
-    if kv := _kv_dtype(quantization):
+    if kv := _kv_dtype(quantization, file):
         fields["kv_dtype"] = kv
     kept = _kept(quantization, config)
     if method == "mxfp4" or {"attention", "shared", "dense_ffn"} <= set(kept):
@@ -56,30 +54,37 @@ def quantization_fields(config: Config) -> dict[str, Any]:
 
 def _plain_dtype(config: Config) -> dict[str, Any]:
     """`dtype` as stored; a configuration that is silent (GPT-2) keeps the Model's 16-bit default."""
-    for data in (config.data, config.data.get("text_config") or {}):
+    for part in _parts(config):
         for key in ("torch_dtype", "dtype"):
-            if data.get(key) not in (None, "auto"):
-                try:
-                    return {"dtype": get_format(data[key]).name}
-                except SpecError as error:
-                    raise SpecError(str(error), file=config.file, path=key) from None
+            if part.get(key, default="auto") != "auto":
+                return {"dtype": _named(part.get(key), config.file, key)}
     return {}
 
 
 def _find(config: Config) -> dict[str, Any] | None:
-    for data in (config.data, config.data.get("text_config") or {}):
-        found = data.get("quantization_config")
-        if found is not None:
-            if not isinstance(found, dict):
-                raise SpecError("'quantization_config' must be an object", file=config.file)
-            return found
+    for part in _parts(config):
+        if "quantization_config" in part:
+            return part.sub("quantization_config").data
     return None
+
+
+def _parts(config: Config) -> list[Config]:
+    """The configuration and, in a multimodal model, that of its language model."""
+    return [config, config.sub("text_config")] if "text_config" in config else [config]
+
+
+def _named(name: Any, file: str, key: str) -> str:
+    try:
+        return get_format(name).name
+    except SpecError as error:
+        raise SpecError(str(error), file=file, path=key) from None
 
 
 def _integer_format(bits: Any, group: Any, file: str) -> str:
     """Name of a weight-only integer format; `group` -1 or None is one scale per channel."""
     if bits == 8:
-        return "int8"
+        # 8-bit weights without 8-bit arithmetic, at 8.5 bits where GPTQ takes 8.1 to 8.6.
+        return "q8_0"
     # One scale per channel costs even less than one per 128, which is the nearest format.
     name = f"int{bits}" if group in (None, -1, 128) else f"int{bits}_g{group}"
     if name not in FORMATS:
@@ -91,19 +96,20 @@ def _fp8(q: dict[str, Any], file: str) -> str:
     block = q.get("weight_block_size")
     if block is None:
         return "fp8"
-    if list(block) != [128, 128]:
+    if block != [128, 128]:
         raise SpecError(f"no storage format for FP8 with weight_block_size {block}", file=file)
     return "fp8_block"
 
 
 def _compressed_tensors(q: dict[str, Any], file: str) -> str:
     groups = q.get("config_groups")
-    scheme = next(iter(groups.values()), {}).get("weights") if isinstance(groups, dict) else None
-    if not scheme:
+    first = next(iter(groups.values()), None) if isinstance(groups, dict) else None
+    scheme = first.get("weights") if isinstance(first, dict) else None
+    if not isinstance(first, dict) or not isinstance(scheme, dict):
         raise SpecError("compressed-tensors without config_groups.*.weights", file=file)
     bits, group = scheme.get("num_bits"), scheme.get("group_size")
     if scheme.get("type") == "int":
-        return _integer_format(bits, group, file)
+        return "int8" if bits == 8 and first.get("input_activations") else _integer_format(bits, group, file)
     if bits == 8:
         return "fp8_block" if scheme.get("strategy") == "block" else "fp8"
     if bits == 4:
@@ -114,8 +120,8 @@ def _compressed_tensors(q: dict[str, Any], file: str) -> str:
 def _modelopt(q: dict[str, Any], file: str) -> str:
     algorithm = str(q.get("quant_algo", "")).upper()
     names = {
-        "FP8": "fp8", "FP8_PB_WO": "fp8_block", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "NVFP4": "nvfp4", "NVFP4_AWQ": "nvfp4",
-        "MXFP4": "mxfp4", "W4A16_AWQ": "int4", "W4A8_AWQ": "int4", "INT8_SQ": "int8", "W8A8_SQ_PER_CHANNEL": "int8",
+        "FP8": "fp8", "FP8_PB_WO": "fp8_block", "FP8_PER_CHANNEL_PER_TOKEN": "fp8", "NVFP4": "nvfp4", "MXFP4": "mxfp4",
+        "NVFP4_AWQ": "nvfp4", "W4A16_AWQ": "int4", "W4A8_AWQ": "int4", "W8A8_SQ_PER_CHANNEL": "int8",
     }  # fmt: skip
     if algorithm not in names:
         raise SpecError(f"unknown quant_algo {algorithm!r}{did_you_mean(algorithm, names)}", file=file)
@@ -153,10 +159,9 @@ _METHODS = {
 }
 
 
-def _kv_dtype(q: dict[str, Any]) -> str | None:
-    algorithm = q.get("kv_cache_quant_algo")
-    if algorithm:
-        return get_format(algorithm).name
+def _kv_dtype(q: dict[str, Any], file: str) -> str | None:
+    if algorithm := q.get("kv_cache_quant_algo"):
+        return _named(algorithm, file, "kv_cache_quant_algo")
     scheme = q.get("kv_cache_scheme")
     if not isinstance(scheme, dict):
         return None
@@ -169,12 +174,14 @@ def _kept(q: dict[str, Any], config: Config) -> list[str]:
     """Parts beyond the usual three that the list of exclusions covers."""
     patterns: list[str] = []
     for key in ("ignore", "ignored_layers", "modules_to_not_convert", "exclude_modules", "llm_int8_skip_modules"):
-        patterns += [str(p) for p in q.get(key) or []]
-    text = config.data.get("text_config") or config.data
-    layers = text.get("num_hidden_layers") or 1
-    middle = layers // 2
+        names = q.get(key) or []
+        if not isinstance(names, list):
+            raise SpecError(f"{key!r} must be a list of module names", file=config.file)
+        patterns += [str(name) for name in names]
+    text = _parts(config)[-1]
+    middle = text.integer("num_hidden_layers", default=1) // 2
     # A mixture of experts may start with dense layers; their feed-forward stands for the dense part.
-    layer = {"dense_ffn": 0 if text.get("first_k_dense_replace") else middle}
+    layer = {"dense_ffn": 0 if text.get("first_k_dense_replace", default=0) else middle}
     kept = []
     for part, modules in _MODULES.items():
         names = [p + m.format(i=layer.get(part, middle)) for m in modules for p in _PREFIXES]

@@ -82,9 +82,8 @@ def from_config(data: dict[str, Any], *, file: str, name: str, extra: Fields | N
         if not architecture:
             raise SpecError("no 'architectures' entry, so the kind of model is unknown", file=file)
         raise SpecError(f"unknown architecture {architecture!r}{did_you_mean(architecture, _FAMILIES)}", file=file)
-    fields = _FAMILIES[architecture](config)
-    fields = {"family": architecture, **quantization_fields(config), **fields}
     try:
+        fields = {"family": architecture, **quantization_fields(config), **_FAMILIES[architecture](config)}
         return Model.model_validate({**fields, "name": name, **(extra or {})})
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]

@@ -12,6 +12,7 @@ from typing import Any
 
 from perfmodel.errors import SpecError, did_you_mean
 from perfmodel.import_hf.dense import gemma3, llama, mistral, qwen2, qwen3
+from perfmodel.import_hf.layout import positive
 from perfmodel.import_hf.reader import Config, family
 
 Fields = dict[str, Any]
@@ -61,7 +62,7 @@ def _record(vision: Config, **others: Any) -> Fields:
 
 def _patches(vision: Config) -> int:
     """Patches of a square image."""
-    return (vision.integer("image_size") // vision.integer("patch_size")) ** 2
+    return (vision.integer("image_size") // positive(vision, "patch_size")) ** 2
 
 
 def _clip(vision: Config, config: Config, text_hidden: int) -> Fields:
@@ -80,7 +81,7 @@ def _siglip(vision: Config, config: Config, text_hidden: int) -> Fields:
     """SigLIP ViT (arXiv:2303.15343) without its pooling head, under Gemma 3's pooled projector (arXiv:2503.19786)."""
     patches = _patches(vision)
     side = round(patches**0.5)
-    tokens_side = round(config.integer("mm_tokens_per_image", default=256) ** 0.5)
+    tokens_side = round(positive(config, "mm_tokens_per_image", default=256) ** 0.5)
     f = _record(vision, positions=patches, merge=side // tokens_side)
     hidden = f["hidden"]
     embedding = linear(f["channels"] * f["patch"] ** 2, hidden) + patches * hidden
@@ -150,7 +151,9 @@ def _qwen3_vl(vision: Config, config: Config, text_hidden: int) -> Fields:
 
 def _llama4(vision: Config, config: Config, text_hidden: int) -> Fields:
     """Llama 4: pixel shuffle by `pixel_shuffle_ratio`, a two-layer adapter and a projector, none with bias."""
-    ratio = float(vision.get("pixel_shuffle_ratio", default=0.5))
+    ratio = vision.get("pixel_shuffle_ratio", default=0.5)
+    if not isinstance(ratio, (int, float)) or not 0 < ratio <= 1:
+        raise SpecError(f"'pixel_shuffle_ratio' must lie between 0 and 1, got {ratio!r}", file=config.file)
     f = _record(vision, positions=_patches(vision) + 1, merge=round(1 / ratio))
     hidden = f["hidden"]
     embedding = hidden * f["channels"] * f["patch"] ** 2 + hidden + f["positions"] * hidden
@@ -237,7 +240,7 @@ def gemma3_vl(config: Config) -> Fields:
 
 @family("Mistral3ForConditionalGeneration")
 def mistral3(config: Config) -> Fields:
-    """Mistral Small 3.1 and later with Pixtral's encoder."""
+    """Mistral Small 3.1 and later with Pixtral's encoder; the checkpoints store a head, whatever the class defaults to."""
     return _with_vision(config, text_config(config, _MISTRAL_DEFAULTS), mistral)
 
 

@@ -111,11 +111,11 @@ def context_parallel(op: Op, s: Shard, group: Group, kv_elements: Num, partial: 
     traffic = tuple(replace(t, elements=t.elements / cp) if t.tensor == divided else t for t in op.traffic)
     if group.decode:
         shape["kv_len"] = op.shape["kv_len"] / cp
-        exchange = collective(f"cp_gather{suffix}", "all_gather", group.tokens * partial * cp, 4, cp)
+        exchange = collective(f"cp_gather{suffix}", "all_gather", group.tokens * partial * cp, 4, cp, stride=s.par.tp)
     else:
         shape["q"] = op.shape["q"] / cp
         passed = group.n * (group.c + group.q) * (cp - 1) / cp * kv_elements
-        exchange = collective(f"ring_kv{suffix}", "p2p", passed, s.formats.act.width, cp)
+        exchange = collective(f"ring_kv{suffix}", "p2p", passed, s.formats.act.width, cp, stride=s.par.tp)
     return [replace(op, flops=flops, traffic=traffic, shape=shape), replace(exchange, contextual=True)]
 
 

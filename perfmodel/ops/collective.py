@@ -27,15 +27,21 @@ def wire_share(kind: Collective, ranks: Num) -> Num:
             return 1
 
 
-def collective(name: str, kind: Collective, elements: Num, width: Num, ranks: Num, *, sent: Num | None = None) -> Op:
-    """One collective over `ranks` devices. `sent` overrides the elements each rank sends (sparse all-to-all)."""
+def collective(
+    name: str, kind: Collective, elements: Num, width: Num, ranks: Num, *, sent: Num | None = None, stride: Num = 1
+) -> Op:
+    """One collective over `ranks` devices. `sent` overrides the elements each rank sends (sparse all-to-all).
+
+    `stride` is how many devices lie between neighbouring ranks: tensor-parallel ranks are neighbours, context- and
+    data-parallel ranks are tp apart, stages tp * dp * cp. It decides whether the group leaves its node.
+    """
     share = wire_share(kind, ranks) * elements if sent is None else sent
     return Op(
         name,
         "p2p" if kind == "p2p" else "collective",
         {},
         (Traffic("activations", share, width, path="fabric", direction="write"),),
-        {kind: elements * width, "ranks": ranks},
+        {kind: elements * width, "ranks": ranks, "stride": stride},
         launches=1,
         reference="Thakur 2005",
     )

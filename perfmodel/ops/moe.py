@@ -91,7 +91,10 @@ def moe_ffn(m: Moe, s: Shard) -> list[Op]:
     spread = par.dp * par.cp
     tokens = s.tokens * spread
     per_token = s.tokens * m.experts
-    ops = linear("router", s.tokens, [w for w in ffn_weights(m, s.hidden) if w.name == "router"], 1, "column",
+    weights = {w.name: w for w in ffn_weights(m, s.hidden)}
+    # The gate of the shared experts is one more row beside the router's.
+    scores = [weights[name] for name in ("router", "shared_gate") if name in weights]
+    ops = linear("+".join(w.name for w in scores), s.tokens, scores, 1, "column",
                  weight=f.stored("router"), act=f.act, dtype=f.compute("router"))  # fmt: skip
     ops.append(pointwise("top_k", per_token, 4, writes=0.1, flops=4, exp=1))
     if not is_one(spread):
@@ -155,9 +158,11 @@ def _exchange(name: str, m: Moe, s: Shard, width: Num) -> Op:
     par = s.par
     if is_one(par.ep):
         kind = "all_gather" if name == "dispatch" else "reduce_scatter"
-        return collective(name, kind, s.tokens * par.dp * par.cp * s.hidden, width, par.dp * par.cp)  # type: ignore[arg-type]
+        message = s.tokens * par.dp * par.cp * s.hidden
+        return collective(name, kind, message, width, par.dp * par.cp, stride=par.tp)  # type: ignore[arg-type]
     visited = symbol("R") if symbolic(par.ep) else np.vectorize(partial(distinct_ranks, m), otypes=[float])(par.ep)
     away = visited * (1 - 1 / par.ep)
     # Each tensor-parallel rank sends its share of the tokens it holds copies of.
     sent = s.tokens * s.hidden * away / par.tp
-    return collective(name, "all_to_all", s.tokens * s.hidden * visited / par.tp, width, par.ep, sent=sent)
+    message = s.tokens * s.hidden * visited / par.tp
+    return collective(name, "all_to_all", message, width, par.ep, sent=sent, stride=par.moe_tp)

@@ -53,21 +53,25 @@ def recurrent_mixer(m: Recurrent, s: Shard) -> list[Op]:
 def _scan(m: Recurrent, s: Shard, group: Group, name: str) -> Op:
     """State update and read-out of one group.
 
-    A head with state P x N and matrix-product chunks of length c costs per token 2 c (N + P)/2 within the
-    chunk (causal half) and 4 P N to read and update the state; one by one it costs 6 P N on the vector units.
+    A head with state P x N and matrix-product chunks of length c costs per token, counting the causal half of
+    what happens within the chunk (arXiv:2405.21060, section 6):  c (g N + P) + 4 P N, where g is the share of heads
+    with a key of their own (Mamba-2 computes C B^T once per group). The delta rule forms K K^T and Q K^T, solves a
+    triangular system for both corrected keys and values, and corrects the values by the state:
+    c (3 N + 2 P) + 6 P N (arXiv:2412.06464, section 3.3). One by one a token costs 6 P N on the vector units.
     """
-    heads, p, n, chunk = _state_shape(m)
+    heads, p, n, chunk, groups = _state_shape(m)
+    shared = groups / heads
     heads = heads / s.par.tp
-    tokens = group.tokens
+    # Context parallelism hands the state from rank to rank; each scans its own tokens.
+    tokens = s.local(group)
     state = group.n * heads * p * n
     recurrent = group.decode or m.kind == "mamba1"
     if recurrent:
         flops: dict[str, Num] = {"vector": 6 * tokens * heads * p * n}
     else:
         length = minimum(chunk, group.q)
-        # The delta rule also solves a triangular system per chunk: one more product of that size.
-        within = (3 if m.kind == "deltanet" else 2) * length * (n + p) / 2
-        flops = {str(s.formats.act.matrix): tokens * heads * (within + 4 * p * n), "vector": 6 * tokens * heads * (p + n)}
+        per_token = length * (3 * n + 2 * p) + 6 * p * n if m.kind == "deltanet" else length * (shared * n + p) + 4 * p * n
+        flops = {str(s.formats.act.matrix): tokens * heads * per_token, "vector": 6 * tokens * heads * (p + shared * n)}
     a = s.formats.act.width
     return Op(
         name,
@@ -76,7 +80,7 @@ def _scan(m: Recurrent, s: Shard, group: Group, name: str) -> Op:
         (
             read("state", state, s.formats.state_width),
             write("state", state, s.formats.state_width),
-            read("activations", tokens * heads * (2 * p + 2 * n), a),
+            read("activations", tokens * heads * (2 * p + 2 * shared * n), a),
             write("activations", tokens * heads * p, a),
         ),
         {"elements": state, "n": group.n, "q": group.q},
@@ -85,22 +89,22 @@ def _scan(m: Recurrent, s: Shard, group: Group, name: str) -> Op:
     )
 
 
-def _state_shape(m: Recurrent) -> tuple[Num, Num, Num, int]:
-    """(heads, P, N, chunk length) of the recurrent state."""
+def _state_shape(m: Recurrent) -> tuple[Num, Num, Num, int, Num]:
+    """(heads, P, N, chunk length, distinct keys among the heads) of the recurrent state."""
     match m.kind:
         case "mamba2":
-            return m.heads, m.head_dim, m.state, 256
+            return m.heads, m.head_dim, m.state, 256, m.groups
         case "mamba1":
-            return m.inner, 1, m.state, 1
+            return m.inner, 1, m.state, 1, 1
         case "deltanet":
-            return m.value_heads, m.value_dim, m.key_dim, 64
+            return m.value_heads, m.value_dim, m.key_dim, 64, m.value_heads
         case "lightning":
-            return m.heads, m.head_dim, m.head_dim, 256
+            return m.heads, m.head_dim, m.head_dim, 256, m.heads
 
 
 def recurrent_state(m: Recurrent, sequences: Num, par_tp: Num, state_width: Num, conv_width: Num, block: str) -> list[Residency]:
     """State matrix per head, and the convolution's last inputs."""
-    heads, p, n, _ = _state_shape(m)
+    heads, p, n, *_ = _state_shape(m)
     stored = [Residency("state", f"{block}.state", sequences * heads * p * n / par_tp, state_width)]
     conv = {w.name: w for w in mixer_weights(m, 1)}.get("conv1d")
     if conv is not None:

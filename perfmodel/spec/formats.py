@@ -38,6 +38,7 @@ FORMATS: dict[str, Format] = {
         Format("nvfp4", 4, 16, 8, "fp4", "E2M1 with an FP8 scale per 16"),
         Format("int4", 4, 128, 20, None, "AWQ/GPTQ group 128: FP16 scale and 4-bit zero per group"),
         Format("int4_g64", 4, 64, 20, None, "AWQ/GPTQ group 64"),
+        Format("int4_g32", 4, 32, 16, None, "symmetric, BF16 scale per 32 (compressed-tensors, Kimi K2.5)"),
         Format("q4_k", 4.5, 0, 0, None, "llama.cpp Q4_K super-block: 144 bytes per 256 weights"),
         Format("q5_k", 5.5, 0, 0, None, "llama.cpp Q5_K super-block: 176 bytes per 256 weights"),
         Format("q6_k", 6.5625, 0, 0, None, "llama.cpp Q6_K super-block: 210 bytes per 256 weights"),

@@ -1,0 +1,123 @@
+"""perfmodel estimate: one static batch on one instance."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from perfmodel.cli.group import common_options
+from perfmodel.cli.options import estimate_arguments, estimate_options
+from perfmodel.cli.text import echo_json, heading, number, plural, seconds, size, table
+
+
+@click.command()
+@estimate_options
+@common_options
+def estimate(as_json: bool, **options: Any) -> None:
+    """Time, memory, bottleneck and cost of a batch of requests.
+
+    The batch is static: BATCH sequences of ISL prompt tokens are prefilled together, then each produces OSL tokens.
+
+    \b
+    perfmodel estimate --model llama-3.1-70b --hw h100-sxm --tp 4 --batch 32 --isl 2048 --osl 512
+    """
+    from perfmodel.estimates import estimate as run
+
+    arguments = estimate_arguments(**options)
+    result = run(**arguments)
+    if as_json:
+        echo_json(result)
+    else:
+        click.echo(page(result, {k: arguments[k] for k in ("ttft", "tpot")}))
+
+
+def page(result: dict[str, Any], limits: dict[str, float | None]) -> str:
+    """The result as one page of text."""
+    parts = [_title(result), _times(result), _busy(result), _memory(result)]
+    if "meets" in result:
+        parts.append(_limits(result, limits))
+    if "serving" in result:
+        parts.append(_serving(result["serving"]))
+    parts.append(f"Evidence: {result['provenance']}. `perfmodel explain` with the same options shows the formulas.")
+    return "\n\n".join(parts)
+
+
+def _title(result: dict[str, Any]) -> str:
+    c = result["configuration"]
+    cut = [f"{k} {c[k]}" for k in ("tp", "pp", "dp", "cp", "ep") if c[k] > 1]
+    node = f" ({c['hardware']})" if c["hardware"] != c["device"] else ""
+    first = f"{c['model']} on {c['devices']} x {c['device']}{node}" + (f", {', '.join(cut)}" if cut else "")
+    cached = f", {c['prefix']:,} of them cached" if c["prefix"] else ""
+    return (
+        f"{heading(first)}\n"
+        f"  {plural(c['batch'], 'sequence')} of {plural(c['isl'], 'prompt token')}{cached} "
+        f"and {plural(c['osl'], 'output token')}\n"
+        f"  weights {c['weight_dtype']}, KV cache {c['kv_dtype']}, arithmetic {c['compute_dtype']}, engine {c['engine']}"
+    )
+
+
+def _times(result: dict[str, Any]) -> str:
+    rows = [["", "expected", "p10 to p90", "bounds"]]
+    names = {"ttft_s": "time to first token", "tpot_s": "time per output token", "e2e_s": "end to end"}
+    for key, name in names.items():
+        if result[key] is not None:
+            rows.append([name, seconds(result[key]), _range(result["interval"][key]), _range(result["bounds"][key])])
+    rate, each = result["output_tokens_per_s"], result["output_tokens_per_s_per_device"]
+    text = table(rows, right=(1, 2, 3)) + f"\n\n  {number(rate)} output tokens/s, {number(each)} per device"
+    if result["usd_per_million_output_tokens"] is None:
+        return text + "\n  no price in the catalogue; give one with --price '… USD/h' per node".replace("…", "N")
+    return (
+        f"{text}\n  {number(result['usd_per_million_output_tokens'])} USD per million output tokens "
+        f"at {number(result['usd_per_hour'])} USD/h ({result['price_source']})"
+    )
+
+
+def _range(pair: list[float]) -> str:
+    return f"{seconds(pair[0])} to {seconds(pair[1])}"
+
+
+def _busy(result: dict[str, Any]) -> str:
+    """Busy time of each resource as a share of the step, longest first."""
+    rows = []
+    for phase, key in (("prefill", "ttft_s"), ("decode", "tpot_s")):
+        busy, whole = result["busy_s"][phase], result[key]
+        if busy is None:
+            continue
+        longest = sorted(busy.items(), key=lambda item: -item[1])
+        shares = [f"{name} {s / whole:.0%}" for name, s in longest if s / whole >= 0.005]
+        rows.append([phase, f"{result['bottleneck'][phase]}-bound", ", ".join(shares)])
+    return heading("Busy time of each resource") + " (they overlap)\n" + table(rows)
+
+
+def _memory(result: dict[str, Any]) -> str:
+    m, c = result["memory"], result["configuration"]
+    tokens = c["isl"] + c["osl"]
+    rows = [["weights", size(m["weights"])], ["KV cache and states", size(m["kv"])]]
+    rows += [["activations", size(m["activations"])], ["engine", size(m["other"])]]
+    rows.append(["total", size(m["total_per_device"]), f"of {size(m['capacity'])} the engine may use"])
+    verdict = "It fits" if m["fits"] else "It does NOT fit"
+    most = f"room for at most {plural(m['max_batch'], 'sequence')} of {tokens:,} tokens"
+    return f"{heading('Memory per device')}\n{table(rows, right=(1,))}\n  {verdict}: {most}."
+
+
+def _limits(result: dict[str, Any], limits: dict[str, float | None]) -> str:
+    rows = []
+    for name, met in result["meets"].items():
+        verdict = "met" if met else "MISSED"
+        rows.append([name.upper(), verdict, f"{seconds(result[f'{name}_s'])}, limit {seconds(limits[name])}"])
+    return f"{heading('Limits')}\n{table(rows)}"
+
+
+def _serving(summary: dict[str, Any]) -> str:
+    """Whatever the serving model reports, one line a number; keys that end in _s are durations."""
+    rows = [[k.removesuffix("_s").replace("_", " "), _value(k, v)] for k, v in summary.items()]
+    return f"{heading('Under load')}\n{table(rows)}"
+
+
+def _value(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_value(key, v)}" for k, v in value.items())
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    return seconds(value) if key.endswith("_s") and not key.endswith("per_s") else number(value)

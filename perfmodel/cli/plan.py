@@ -1,0 +1,31 @@
+"""perfmodel plan: the cheapest fleet that serves a workload within its objectives."""
+
+from __future__ import annotations
+
+import click
+
+from perfmodel.cli.group import common_options
+from perfmodel.cli.text import echo_json
+
+
+@click.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False))
+@click.option("--out", default="out", show_default=True, metavar="DIR", help="Folder of the report.")
+@click.option("--objective", type=click.Choice(["cost", "devices", "energy"]), help="What to minimise.  [the file's]")
+@click.option("--no-report", is_flag=True, help="Write no report.")
+@common_options
+def plan(file: str, out: str, objective: str | None, no_report: bool, as_json: bool) -> None:
+    """Choose devices, parallelism and instance counts for the workload in FILE (YAML)."""
+    from perfmodel.planner.run import plan as run
+
+    result = run(file, objective=objective)
+    if as_json:
+        echo_json(result.data)
+    else:
+        click.echo(result.text())
+    if not no_report:
+        from perfmodel.report import page
+
+        written = page.write(result, out)
+        # Beside the result, so that --json leaves one document on stdout.
+        click.echo(f"report: {written}", err=True)

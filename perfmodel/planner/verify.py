@@ -1,0 +1,203 @@
+"""Check a chosen plan: closed forms at its real mix, then an event simulation of its pools on the requests themselves."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from perfmodel.planner.columns import Column, bucket_mix, handoff_seconds
+from perfmodel.serving.queueing import Mix, State
+from perfmodel.serving.replay import Outcome, merge, simulate
+from perfmodel.serving.workload import Bucket, Requests, Workload
+
+_SIMULATED_INSTANCES = 3
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Equal instances of one column, with the traffic the plan gives them."""
+
+    column: Column
+    replicas: int
+    rates: np.ndarray
+    """Requests per second of each bucket, the whole pool."""
+    mix: Mix
+    state: State
+    """Steady state of one instance at its share."""
+
+    @property
+    def rate(self) -> float:
+        return float(self.rates.sum())
+
+    @property
+    def devices(self) -> int:
+        return self.replicas * self.column.layout.devices
+
+
+def pools(columns: list[Column], values: dict[str, float], buckets: list[Bucket]) -> list[Pool]:
+    """Pools of a solution: columns with instances."""
+    found = []
+    for c, column in enumerate(columns):
+        replicas = round(values.get(f"n_{c}", 0.0))
+        rates = np.array([max(values.get(f"y_{c}_{k}", 0.0), 0.0) for k in range(len(buckets))])
+        rates[rates < 1e-9] = 0.0
+        if replicas and rates.sum() > 0:
+            mix = bucket_mix(buckets, column.buckets, rates)
+            state = column.instance.state(float(rates.sum()) / replicas, mix)
+            found.append(Pool(column, replicas, rates, mix, state))
+    return found
+
+
+def promised(chosen: list[Pool], metric: str, p: float, dispersion: float) -> float:
+    """Closed-form percentile over all requests of the plan: the t at which the pools' met shares average to p."""
+    role = "decode" if metric == "ttft" else "prefill"
+    parts = [x for x in chosen if x.column.layout.role != role]
+    total = sum(x.rate for x in parts)
+    if total == 0:
+        return 0.0
+
+    def met(t: float) -> float:
+        return sum(
+            x.rate / total * (
+                x.column.instance.ttft_met(t, x.state, x.mix, dispersion) if metric == "ttft"
+                else x.column.instance.tpot_met(t, x.state, x.mix)
+            )
+            for x in parts
+        )  # fmt: skip
+
+    low, high = 0.0, 1e-3
+    while met(high) < p:
+        if high > 1e5:
+            return float("inf")
+        low, high = high, high * 2
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if met(middle) >= p else (middle, high)
+    return high
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Simulated requests of one pool; `weight` requests of the workload stand behind each of them."""
+
+    pool: Pool
+    outcome: Outcome
+    weight: float
+
+
+def replay(chosen: list[Pool], workload: Workload, buckets: list[Bucket], seed: int) -> list[Replayed]:
+    """Route the workload's requests over the pools as the plan says and simulate some instances of each.
+
+    A request goes to a pool of its bucket with the plan's probability, inside the pool round robin. Decode pools
+    receive what the simulated prefill instances finish, after the hand-off.
+    """
+    rng = np.random.default_rng(seed)
+    r = workload.requests
+    upper = np.array([b.high for b in buckets])
+    bucket = np.minimum(np.searchsorted(upper, r.input), len(buckets) - 1)
+    entry = [x for x in chosen if x.column.layout.role != "decode"]
+    assigned = _assign(entry, bucket, rng)
+    results: list[Replayed] = []
+    handed: list[tuple[Requests, np.ndarray, float]] = []
+    for i, pool in enumerate(entry):
+        mine = np.flatnonzero(assigned == i)
+        outcomes, used = [], []
+        for instance in _spread(pool.replicas):
+            part = mine[instance :: pool.replicas]
+            if part.size:
+                outcomes.append(_run(pool, r.take(part)))
+                used.append(part)
+        if not outcomes:
+            continue
+        whole = merge(outcomes)
+        taken = np.concatenate(used)
+        results.append(Replayed(pool, whole, mine.size / taken.size))
+        if pool.column.layout.role == "prefill":
+            moved = handoff_seconds(pool.column.estimator)
+            first = whole.ttft + r.arrival[taken]
+            ready = first + moved * r.input[taken]
+            handed.append((Requests(ready, r.input[taken], r.output[taken]), first, mine.size / taken.size))
+    return results + _decode_pools([x for x in chosen if x.column.layout.role == "decode"], handed, buckets, rng)
+
+
+def _decode_pools(
+    decoders: list[Pool], handed: list[tuple[Requests, np.ndarray, float]], buckets: list[Bucket], rng: np.random.Generator
+) -> list[Replayed]:
+    if not decoders or not handed:
+        return []
+    arrival = np.concatenate([h[0].arrival for h in handed])
+    order = np.argsort(arrival, kind="stable")
+    r = Requests(arrival[order], *(np.concatenate([getattr(h[0], f) for h in handed])[order] for f in ("input", "output")))
+    first = np.concatenate([h[1] for h in handed])[order]
+    # Only a share of the prefill instances was simulated, so only that share of the decode instances sees work.
+    weight = float(np.mean([h[2] for h in handed]))
+    keep = r.output > 1
+    r, first = r.take(keep), first[keep]
+    upper = np.array([b.high for b in buckets])
+    bucket = np.minimum(np.searchsorted(upper, r.input), len(buckets) - 1)
+    assigned = _assign(decoders, bucket, rng)
+    results = []
+    for i, pool in enumerate(decoders):
+        mine = np.flatnonzero(assigned == i)
+        busy = max(1, round(pool.replicas / weight))
+        outcomes = []
+        for instance in _spread(busy):
+            part = mine[instance::busy]
+            if part.size:
+                outcome = _run(pool, r.take(part))
+                # TPOT counts from the first token at the prefill instance, hand-off included.
+                tpot = (outcome.finish - first[part]) / (r.output[part] - 1)
+                outcomes.append(Outcome(outcome.ttft, tpot, outcome.finish, outcome.preempted))
+        if outcomes:
+            whole = merge(outcomes)
+            results.append(Replayed(pool, whole, weight * mine.size / whole.ttft.size))
+    return results
+
+
+def _run(pool: Pool, requests: Requests) -> Outcome:
+    i = pool.column.instance
+    return simulate(i.clock, i.kv_tokens, requests, pool.column.layout.role)
+
+
+def _spread(replicas: int) -> list[int]:
+    return list(range(min(replicas, _SIMULATED_INSTANCES)))
+
+
+def _assign(entry: list[Pool], bucket: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Pool of each request, drawn with the plan's probabilities for its bucket."""
+    rates = np.array([x.rates for x in entry])
+    total = rates.sum(axis=0)
+    edges = np.cumsum(rates / np.where(total > 0, total, 1), axis=0)
+    draw = rng.random(bucket.size)
+    return np.minimum((draw[None, :] > edges[:, bucket]).sum(axis=0), len(entry) - 1)
+
+
+def replayed_percentile(results: list[Replayed], metric: str, p: float) -> float:
+    """Percentile over all requests, each simulated request weighted by those it stands for."""
+    role = "decode" if metric == "ttft" else "prefill"
+    parts = [x for x in results if x.pool.column.layout.role != role]
+    values = np.concatenate([getattr(x.outcome, metric) for x in parts]) if parts else np.zeros(0)
+    weights = np.concatenate([np.full(x.outcome.ttft.size, x.weight) for x in parts]) if parts else np.zeros(0)
+    valid = ~np.isnan(values)
+    values, weights = values[valid], weights[valid]
+    if not values.size:
+        return 0.0
+    order = np.argsort(values)
+    share = np.cumsum(weights[order]) / weights.sum()
+    return float(values[order][min(int(np.searchsorted(share, p)), values.size - 1)])
+
+
+def broken(results: list[Replayed], ttft: dict[str, float], tpot: dict[str, float]) -> list[tuple[Column, str]]:
+    """Columns whose own simulated requests miss a percentile, if the plan as a whole misses it."""
+    found = []
+    for metric, limits in (("ttft", ttft), ("tpot", tpot)):
+        for name, limit in limits.items():
+            p = float(name[1:]) / 100
+            if replayed_percentile(results, metric, p) <= limit:
+                continue
+            role = "decode" if metric == "ttft" else "prefill"
+            for x in results:
+                if x.pool.column.layout.role != role and x.outcome.percentile(metric, p) > limit:
+                    found.append((x.pool.column, f"{metric} {name}"))
+    return found
