@@ -9,6 +9,8 @@ import numpy as np
 from perfmodel import prices
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator, Parts
+from perfmodel.spec.model import Model
+from perfmodel.symbols import ALPHABET
 
 
 def estimate(
@@ -35,17 +37,8 @@ def estimate(
     ttft_s is one unchunked pass of batch x (isl - prefix) tokens; tpot_s the mean of the osl - 1 decode steps at contexts
     isl + 1 … isl + osl - 1; e2e_s = ttft_s + (osl - 1) tpot_s.
     """
-    for name, value, least in (("batch", batch, 1), ("isl", isl, 1), ("osl", osl, 1), ("prefix", prefix, 0)):
-        if isinstance(value, bool) or value != int(value) or value < least:
-            raise SpecError(f"--{name} must be a whole number of at least {least}, got {value!r}")
-    if prefix >= isl:
-        raise SpecError(f"--prefix ({prefix}) must be smaller than --isl ({isl}): the last token is always computed")
     e = Estimator(model, hardware, **instance)
-    longest = e.model.max_positions
-    if longest and isl + osl > longest:
-        raise SpecError(f"isl + osl = {isl + osl} exceeds the {longest} positions of {e.model.name}")
-    if longest == 0 and e.model.learned_positions:
-        raise SpecError(f"{e.model.name} states no longest context")
+    check_request(e.model, batch, isl, osl, prefix)
     e.require_fit()
     first = e.parts(batch, isl - prefix, prefix, is_decode=False)
     step = _decode_parts(e, batch, isl, osl)
@@ -68,6 +61,24 @@ def estimate(
 
         result["serving"] = serving_summary(e, isl, osl, rate=rate, concurrency=concurrency, ttft=ttft, tpot=tpot)
     return result
+
+
+def check_request(model: Model, batch: int, isl: int, osl: int, prefix: int) -> None:
+    """Raise SpecError for sizes that are not whole, not positive, beyond the alphabet's range or the model's positions."""
+    sizes = (("batch", batch, 1, "B"), ("isl", isl, 1, "Q"), ("osl", osl, 1, "Q"), ("prefix", prefix, 0, "Q"))
+    for name, value, least, letter in sizes:
+        whole = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value % 1 == 0
+        if not whole or value < least:
+            raise SpecError(f"--{name} must be a whole number of at least {least}, got {value!r}")
+        if value > ALPHABET[letter].high:
+            raise SpecError(f"--{name} must not exceed {ALPHABET[letter].high:,.0f}, got {value:,}")
+    if prefix >= isl:
+        raise SpecError(f"--prefix ({prefix}) must be smaller than --isl ({isl}): the last token is always computed")
+    longest = model.max_positions
+    if longest and isl + osl > longest:
+        raise SpecError(f"isl + osl = {isl + osl} exceeds the {longest} positions of {model.name}")
+    if longest == 0 and model.learned_positions:
+        raise SpecError(f"{model.name} states no longest context")
 
 
 def _decode_parts(e: Estimator, batch: int, isl: int, osl: int) -> tuple[float, Parts] | None:

@@ -10,6 +10,7 @@ from perfmodel.graph import cache_residency, weight_residency
 from perfmodel.machine import Machine
 from perfmodel.ops.shard import Formats, Parallelism
 from perfmodel.spec.calibration import Engine
+from perfmodel.spec.formats import get_format
 from perfmodel.spec.model import Attention, Model
 from perfmodel.symbols import Num
 
@@ -34,6 +35,16 @@ class Memory:
     @property
     def fits(self) -> Num:
         return self.total <= self.capacity
+
+
+def checkpoint_formats(model: Model) -> Formats:
+    """Formats as the checkpoint stores them, whatever the machine; keys and values in 16 bits unless the model says."""
+    stored = get_format(model.dtype)
+    expert = get_format(model.expert_dtype or model.dtype)
+    act = stored if stored.width >= 2 else get_format("bf16")
+    cache = get_format(model.kv_dtype or ("bf16" if act.width > 2 else act.name))
+    quantised = stored.width < act.width or expert.width < act.width
+    return Formats(stored, expert, act, cache, model.unquantized if quantised else ())
 
 
 def weight_bytes(model: Model, par: Parallelism, formats: Formats) -> Num:
@@ -64,7 +75,9 @@ def cache_bytes(
     for r in cache_residency(model, par, formats, sequences, whole):
         mixer = model.blocks[r.name.split(".")[0]].mixer
         window = mixer.window if isinstance(mixer, Attention) else None
-        share = np.minimum(1.0, (window + block) / np.maximum(whole, 1)) if window else 1.0
+        # A window that starts anywhere in a block touches one block more than it fills.
+        span = (np.ceil((window - 1) / block) + 1) * block if window else 0
+        share = np.minimum(1.0, span / np.maximum(whole, 1)) if window else 1.0
         total = total + r.bytes * share
     return total
 

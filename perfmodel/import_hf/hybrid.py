@@ -33,20 +33,30 @@ def mamba2(config: Config, **spellings: str) -> Fields:
     }
 
 
-def mamba1(config: Config, prefix: str, **others: Any) -> Fields:
-    """A Mamba-1 mixer under keys that begin with `prefix`, such as `mamba_d_state`."""
+def mamba1(config: Config, keys: dict[str, str], **others: Any) -> Fields:
+    """A Mamba-1 mixer; `keys` maps its fields to the keys of a family. Defaults are those of both families' classes."""
     hidden = config.integer("hidden_size")
-    rank = config.get(prefix + "dt_rank", default="auto")
+    rank = config.get(keys["dt_rank"], default="auto")
     return {
         "kind": "mamba1",
-        "inner": config.integer(prefix + "expand", default=2) * hidden,
-        "state": config.integer(prefix + "d_state", default=16),
-        "dt_rank": -(-hidden // 16) if rank == "auto" else config.integer(prefix + "dt_rank"),
-        "conv": config.integer(prefix + "d_conv", default=4),
-        "conv_bias": bool(config.get(prefix + "conv_bias", default=True)),
-        "proj_bias": bool(config.get(prefix + "proj_bias", default=False)),
+        "inner": config.integer(keys["expand"], default=2) * hidden,
+        "state": config.integer(keys["state"], default=16),
+        "dt_rank": -(-hidden // 16) if rank == "auto" else config.integer(keys["dt_rank"]),
+        "conv": config.integer(keys["conv"], default=4),
+        "conv_bias": bool(config.get(keys["conv_bias"], default=True)),
+        "proj_bias": bool(config.get(keys["proj_bias"], default=False)),
         **others,
     }
+
+
+_MAMBA_KEYS = {
+    "expand": "expand", "state": "state_size", "dt_rank": "time_step_rank", "conv": "conv_kernel",
+    "conv_bias": "use_conv_bias", "proj_bias": "use_bias",
+}  # fmt: skip
+_JAMBA_KEYS = {
+    "expand": "mamba_expand", "state": "mamba_d_state", "dt_rank": "mamba_dt_rank", "conv": "mamba_d_conv",
+    "conv_bias": "mamba_conv_bias", "proj_bias": "mamba_proj_bias",
+}  # fmt: skip
 
 
 @family("Mamba2ForCausalLM")
@@ -58,19 +68,8 @@ def mamba2_lm(config: Config) -> Fields:
 
 @family("MambaForCausalLM")
 def mamba1_lm(config: Config) -> Fields:
-    """Mamba: one mixer and one norm per layer, no feed-forward (arXiv:2312.00752)."""
-    hidden = config.integer("hidden_size")
-    rank = config.get("time_step_rank", default="auto")
-    mixer = {
-        "kind": "mamba1",
-        "inner": config.integer("intermediate_size", default=config.integer("expand", default=2) * hidden),
-        "state": config.integer("state_size", default=16),
-        "dt_rank": -(-hidden // 16) if rank == "auto" else config.integer("time_step_rank"),
-        "conv": config.integer("conv_kernel", default=4),
-        "conv_bias": bool(config.get("use_conv_bias", default=True)),
-        "proj_bias": bool(config.get("use_bias", default=False)),
-    }
-    blocks = {"mamba": {"mixer": mixer, "norms": 1}}
+    """Mamba: one mixer and one norm per layer, no feed-forward, tied by default (arXiv:2312.00752)."""
+    blocks = {"mamba": {"mixer": mamba1(config, _MAMBA_KEYS), "norms": 1}}
     tied = bool(config.get("tie_word_embeddings", default=True))
     return model_fields(config, blocks, ["mamba"] * config.integer("num_hidden_layers"), tied_embeddings=tied)
 
@@ -80,7 +79,7 @@ def jamba(config: Config) -> Fields:
     """Jamba: one attention layer in every period, Mamba elsewhere; mixtures on every other layer (arXiv:2403.19887)."""
     mixers = {
         "attention": attention(config),
-        "mamba": mamba1(config, "mamba_", inner_norms=bool(config.get("mamba_inner_layernorms", default=True))),
+        "mamba": mamba1(config, _JAMBA_KEYS, inner_norms=bool(config.get("mamba_inner_layernorms", default=True))),
     }
     inter = config.integer("intermediate_size")
     # The defaults are those of JambaConfig.

@@ -240,7 +240,7 @@ def gemma3_vl(config: Config) -> Fields:
 
 @family("Mistral3ForConditionalGeneration")
 def mistral3(config: Config) -> Fields:
-    """Mistral Small 3.1 and later with Pixtral's encoder; the checkpoints store a head, whatever the class defaults to."""
+    """Mistral Small 3.1 and later with Pixtral's encoder; checkpoints store a head, whatever the class's default."""
     return _with_vision(config, text_config(config, _MISTRAL_DEFAULTS), mistral)
 
 

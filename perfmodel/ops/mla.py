@@ -76,7 +76,9 @@ def _contextual(a: LatentAttention, s: Shard, group: Group, i: int, heads: Num) 
             kv_elements=heads * (qk + a.v_dim), kv_width=f.act.width, act_width=f.act.width,
             dtype=str(f.act.matrix), causal=s.causal,
         )  # fmt: skip
-    ops += [core] if is_one(s.par.cp) else context_parallel(core, s, group, latent, heads * (a.kv_rank + 1), suffix)
+    # Ranks that rebuild only their own share of keys and values must pass on what they rebuilt.
+    passed = latent if absorbed else heads * (a.nope_dim + a.v_dim) + a.rope_dim
+    ops += [core] if is_one(s.par.cp) else context_parallel(core, s, group, passed, heads * (a.kv_rank + 1), suffix)
     if absorbed:
         ops += _per_head(f"v_up{suffix}", s.local(group), heads, a.kv_rank, a.v_dim, s)
     return ops

@@ -8,7 +8,8 @@ buckets; there it spends a share u of its time on prefill, decodes b sequences a
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,7 +23,7 @@ from perfmodel.serving.queueing import Instance, Mix, State
 from perfmodel.serving.workload import Bucket, Workload
 from perfmodel.spec.plan import Choices, Objectives
 
-_HALVINGS = 14
+_HALVINGS = 9
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,7 @@ class Column:
     kv_token_s: np.ndarray
     """Token-seconds of cache [bucket]."""
     kv_limit: float
-    """Mean cached tokens at which mean + 2 sigma fills the memory."""
+    """Cached tokens at the operating point [token]: its step time and its memory margin hold up to here."""
     moved_bytes: np.ndarray
     """Cache bytes handed over per request [bucket]; zero unless the role is prefill."""
     power_w: float | None
@@ -75,36 +76,21 @@ class Column:
     def key(self) -> tuple[Layout, tuple[int, ...]]:
         return self.layout, self.buckets
 
-    def capacity(self, bucket: int) -> float:
-        """Requests per second of one bucket alone that one instance serves."""
-        limits = [math.inf]
-        if self.prefill_s[bucket] > 0:
-            limits.append(self.state.utilisation / self.prefill_s[bucket])
-        if self.decode_s[bucket] > 0:
-            limits.append(self.state.batch / self.decode_s[bucket])
-        if self.kv_token_s[bucket] > 0:
-            limits.append(self.kv_limit / self.kv_token_s[bucket])
-        return min(limits)
-
 
 @dataclass(frozen=True)
 class Rejected:
-    """A layout that cannot serve at all, and why; `best` is the nearest value of the limit it breaks."""
+    """A layout that cannot serve some buckets, and why; `best` is the nearest value of the limit it breaks."""
 
     layout: Layout
+    buckets: tuple[int, ...]
+    """The bucket set it was tried for; empty when it cannot even hold the model."""
     reason: str
     metric: str = ""
     best: float = math.nan
 
 
-@dataclass
-class Columns:
-    """Everything enumerated: columns to choose from, and layouts that fell out with their reasons."""
-
-    offered: list[Column] = field(default_factory=list)
-    rejected: list[Rejected] = field(default_factory=list)
-    dominated: int = 0
-    enumerated: int = 0
+Built = tuple[Estimator, StepClock] | str
+"""An estimator and its clock, or why the layout cannot hold the model."""
 
 
 def bucket_mix(buckets: list[Bucket], chosen: tuple[int, ...], weights: np.ndarray | None = None) -> Mix:
@@ -124,36 +110,61 @@ def bucket_sets(count: int) -> list[tuple[int, ...]]:
     return [everything, *prefixes, *suffixes]
 
 
-def enumerate_columns(
-    model: str,
-    offers: list[Offer],
-    choices: Choices,
-    objectives: Objectives,
-    workload: Workload,
-    buckets: list[Bucket],
-    tighten: dict[tuple[Layout, tuple[int, ...]], float],
-    cache: dict[Layout, tuple[Estimator, StepClock] | str],
-) -> Columns:
-    """All layouts of all offers at their operating points, without the dominated ones."""
-    found = Columns()
-    sets = bucket_sets(len(buckets))
-    for offer in offers:
-        for layout in layouts(model, offer, choices):
-            built = cache.get(layout)
-            if built is None:
-                built = cache[layout] = _build(model, offer, layout, choices, workload)
-            found.enumerated += 1
-            if isinstance(built, str):
-                found.rejected.append(Rejected(layout, built, "memory"))
+class Enumerator:
+    """Enumerates columns for one workload and remembers operating points, so that tightening one is cheap."""
+
+    def __init__(
+        self, model: str, offers: list[Offer], choices: Choices, objectives: Objectives, workload: Workload,
+        buckets: list[Bucket], built: dict[Layout, Built],
+    ) -> None:  # fmt: skip
+        self.model, self.offers, self.choices, self.objectives = model, offers, choices, objectives
+        self.workload, self.buckets, self.built = workload, buckets, built
+        self.columns: dict[tuple[Layout, tuple[int, ...]], Column] = {}
+        self.rejected: list[Rejected] = []
+        self.layouts: list[Layout] = []
+        for offer in offers:
+            for layout in layouts(offer, choices):
+                self.layouts.append(layout)
+                self._add(layout, offer)
+
+    def _add(self, layout: Layout, offer: Offer) -> None:
+        if layout not in self.built:
+            self.built[layout] = _build(self.model, offer, layout, self.choices, self.workload)
+        built = self.built[layout]
+        if isinstance(built, str):
+            self.rejected.append(Rejected(layout, (), built, "memory"))
+            return
+        e, clock = built
+        whole = bucket_mix(self.buckets, tuple(range(len(self.buckets))))
+        moved = handoff_seconds(e) if layout.role == "decode" else 0.0
+        instance = Instance(clock, layout.role, kv_tokens(e, whole.context), moved)
+        for chosen in bucket_sets(len(self.buckets)):
+            mix = bucket_mix(self.buckets, chosen)
+            rate, limited = _highest_rate(instance, mix, self.objectives, self.workload, self._rate(chosen))
+            if rate <= 0:
+                self.rejected.append(Rejected(layout, chosen, *_why_never(instance, mix, self.objectives)))
                 continue
-            _points(found, layout, offer, built, sets, objectives, workload, buckets, tighten)
-    before = len(found.offered)
-    found.offered = _prune(found.offered, len(buckets))
-    found.dominated = before - len(found.offered)
-    return found
+            self.columns[layout, chosen] = _column(layout, offer, chosen, instance, e, mix, rate, limited, self.buckets)
+
+    def _rate(self, chosen: tuple[int, ...]) -> float:
+        return self.workload.rate * sum(self.buckets[k].share for k in chosen)
+
+    def tighten(self, column: Column, factor: float) -> None:
+        """Lower the operating point of a column's layout: its own bucket set fully, the others half as much."""
+        for key, c in list(self.columns.items()):
+            if c.layout == column.layout:
+                rate = c.state.rate * (factor if set(c.buckets) & set(column.buckets) else factor**0.5)
+                limited = c.limited_by if "replay" in c.limited_by else f"{c.limited_by} in replay"
+                self.columns[key] = _column(
+                    c.layout, c.offer, c.buckets, c.instance, c.estimator, c.mix, rate, limited, self.buckets
+                )  # fmt: skip
+
+    def select(self, test: Callable[[Column], bool] = lambda c: True) -> list[Column]:
+        """Columns that pass a test, without those another of them dominates."""
+        return _prune([c for c in self.columns.values() if test(c)], len(self.buckets))
 
 
-def layouts(model: str, offer: Offer, choices: Choices) -> list[Layout]:
+def layouts(offer: Offer, choices: Choices) -> list[Layout]:
     """Roles x formats x tensor- and pipeline-parallel degrees that a node can hold."""
     count = offer.machine.devices_per_node
     degrees = choices.tp or tuple(2**i for i in range(int(math.log2(count)) + 1))
@@ -203,32 +214,7 @@ def handoff_seconds(e: Estimator) -> float:
     return float(bytes_ / (m.network * m.network_efficiency * e.par.devices)) if m.network else math.inf
 
 
-def _points(
-    found: Columns, layout: Layout, offer: Offer, built: tuple[Estimator, StepClock], sets: list[tuple[int, ...]],
-    objectives: Objectives, workload: Workload, buckets: list[Bucket],
-    tighten: dict[tuple[Layout, tuple[int, ...]], float],
-) -> None:  # fmt: skip
-    e, clock = built
-    whole = bucket_mix(buckets, tuple(range(len(buckets))))
-    moved = handoff_seconds(e) if layout.role != "colocated" else 0.0
-    instance = Instance(clock, layout.role, kv_tokens(e, whole.context), moved if layout.role == "decode" else 0.0)
-    refused: Rejected | None = None
-    served = False
-    for chosen in sets:
-        mix = bucket_mix(buckets, chosen)
-        rate, limited = _highest_rate(instance, mix, objectives, workload.dispersion, workload.rate)
-        if rate <= 0:
-            if refused is None:
-                refused = Rejected(layout, *_why_never(instance, mix, objectives))
-            continue
-        served = True
-        rate *= tighten.get((layout, chosen), 1.0)
-        found.offered.append(_column(layout, offer, chosen, instance, e, mix, rate, limited, buckets))
-    if not served and refused is not None:
-        found.rejected.append(refused)
-
-
-def _meets(instance: Instance, s: State, mix: Mix, objectives: Objectives, dispersion: float) -> str:
+def meets(instance: Instance, s: State, mix: Mix, objectives: Objectives, dispersion: float) -> str:
     """Empty when every percentile holds, else the one that breaks."""
     if not s.feasible:
         return s.reason
@@ -247,16 +233,25 @@ def percentile(name: str) -> float:
 
 
 def _highest_rate(
-    instance: Instance, mix: Mix, objectives: Objectives, dispersion: float, most: float
+    instance: Instance, mix: Mix, objectives: Objectives, workload: Workload, most: float
 ) -> tuple[float, str]:
-    """Highest rate at which everything holds (0: none), and what breaks beyond it."""
+    """Highest rate at which everything holds (0: none), and what breaks beyond it.
+
+    `most` is the whole rate of the mix: at a rate r it takes most/r instances, and dealing requests out in turn
+    among n divides the dispersion of each one's arrivals by n.
+    """
+
+    def judge(rate: float) -> str:
+        dispersion = workload.dispersion / max(1.0, math.floor(most / rate))
+        return meets(instance, instance.state(rate, mix), mix, objectives, dispersion)
+
     low = 1e-4
-    if _meets(instance, instance.state(low, mix), mix, objectives, dispersion):
+    if judge(low):
         return 0.0, ""
     high, broken = low, ""
     while high < most:
         high = min(high * 8, most)
-        broken = _meets(instance, instance.state(high, mix), mix, objectives, dispersion)
+        broken = judge(high)
         if broken:
             break
         low = high
@@ -264,7 +259,7 @@ def _highest_rate(
         return low, "the whole load"
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high)
-        verdict = _meets(instance, instance.state(middle, mix), mix, objectives, dispersion)
+        verdict = judge(middle)
         if verdict:
             high, broken = middle, verdict
         else:
@@ -309,12 +304,11 @@ def _column(
             moved[k] = float(b.input.mean()) * per_token
     shares = np.array([buckets[k].share for k in chosen])
     mean_held = rate * float(np.dot(shares / shares.sum(), held[list(chosen)]))
-    kv_limit = mean_held / s.kv_share if s.kv_share > 0 else math.inf
     # Utilisation and batch at the point are what the bucket averages add up to, so that the natural mix fills it exactly.
     natural = rate * shares / shares.sum()
     s = replace(s, utilisation=float(natural @ prefill[list(chosen)]), batch=float(natural @ decode[list(chosen)]))
     return Column(
-        layout, offer, chosen, instance, e, mix, s, limited, prefill, decode, held, kv_limit, moved,
+        layout, offer, chosen, instance, e, mix, s, limited, prefill, decode, held, mean_held, moved,
         instance_power(e, layout.role, s, mix),
     )  # fmt: skip
 
@@ -329,36 +323,36 @@ def instance_power(e: Estimator, role: str, s: State, mix: Mix) -> float | None:
 
 
 def _prune(columns: list[Column], buckets: int) -> list[Column]:
-    """Drop columns that another of the same node type, role and size serves at least as well in every bucket."""
+    """Drop columns that another of the same node type and role serves at least as well, per device, in every mixture.
+
+    Column o dominates c when it is no larger, serves all of c's buckets, and each of its resources goes at least as far
+    per device in each of them.
+    """
     kept: list[Column] = []
-    rates = {id(c): np.array([c.capacity(k) if k in c.buckets else 0.0 for k in range(buckets)]) for c in columns}
-    rooms = {id(c): (c.state.utilisation, c.state.batch, c.kv_limit) for c in columns}
+    groups: dict[tuple[str, str], list[Column]] = {}
     for c in columns:
-        mine = rates[id(c)] / c.layout.devices
-        rivals = (
-            o for o in columns
-            if o is not c and o.layout.node == c.layout.node and o.layout.role == c.layout.role
-            and o.layout.devices <= c.layout.devices
-        )  # fmt: skip
-        beaten = any(
-            np.all(rates[id(o)] / o.layout.devices >= mine * 1.0000001)
-            and np.any(rates[id(o)] / o.layout.devices > mine * 1.02)
-            and _roomier(o, c, rooms)
-            for o in rivals
-        )
-        if not beaten:
-            kept.append(c)
+        groups.setdefault((c.layout.node, c.layout.role), []).append(c)
+    for members in groups.values():
+        # use[i, resource, bucket]: devices that one request/s of the bucket takes; infinite where it is not served.
+        use = np.array([_use(c, buckets) for c in members])
+        size = np.array([c.layout.devices for c in members])
+        for i, c in enumerate(members):
+            serves = np.isfinite(use[i]).all(axis=0)
+            better = (use[:, :, serves] <= use[i][:, serves] * (1 + 1e-9)).all(axis=(1, 2)) & (size <= size[i])
+            better[i] = False
+            equal = better & (use[:, :, serves] >= use[i][:, serves] * (1 - 1e-9)).all(axis=(1, 2)) & (size == size[i])
+            wider = np.isfinite(use).all(axis=1).sum(axis=1) > serves.sum()
+            # Of equals the one that serves more buckets stays, then the first.
+            ties = equal & ~wider & (np.arange(len(members)) > i)
+            if not np.any(better & ~ties):
+                kept.append(c)
     return kept
 
 
-def _roomier(o: Column, c: Column, rooms: dict[int, tuple[float, float, float]]) -> bool:
-    """Whether o serves every mixture that c serves: per device, each resource goes at least as far in each bucket."""
-    scale = c.layout.devices / o.layout.devices
-    for k in c.buckets:
-        for demand_o, demand_c, i in (
-            (o.prefill_s[k], c.prefill_s[k], 0), (o.decode_s[k], c.decode_s[k], 1), (o.kv_token_s[k], c.kv_token_s[k], 2),
-        ):  # fmt: skip
-            have_o, have_c = rooms[id(o)][i] * scale, rooms[id(c)][i]
-            if demand_o > 0 and (have_o <= 0 or demand_o / have_o > demand_c / max(have_c, 1e-300) * 1.0000001):
-                return False
-    return True
+def _use(c: Column, buckets: int) -> np.ndarray:
+    rows = np.full((3, buckets), np.inf)
+    rooms = (c.state.utilisation, c.state.batch, c.kv_limit)
+    for i, (demand, room) in enumerate(zip((c.prefill_s, c.decode_s, c.kv_token_s), rooms, strict=True)):
+        for k in c.buckets:
+            rows[i, k] = 0.0 if demand[k] == 0 else demand[k] / room * c.layout.devices if room > 0 else np.inf
+    return rows

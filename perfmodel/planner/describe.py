@@ -34,7 +34,7 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
         "status": p.solution.status,
         "bound": p.solution.bound,
         "gap": p.solution.gap,
-        "optimal_over": f"{len(p.columns.offered)} columns kept of {p.columns.enumerated} layouts and the model's own times",
+        "optimal_over": f"{len(p.columns)} columns kept of {len(p.found.columns)} from {len(p.found.layouts)} layouts, and the model's own times",
         "cost_usd_per_hour": hourly if priced else None,
         "usd_per_million_output_tokens": _per_million(p, hourly) if priced else None,
         "devices": sum(o.devices * n for o, n in zip(p.offers, p.nodes, strict=True)),
@@ -57,7 +57,7 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
         },
         "binding": p.binding,
         "alternatives": [_other(a) for a in p.alternatives],
-        "rejected": [{"layout": r.layout.label, "reason": r.reason} for r in p.columns.rejected],
+        "rejected": [{"layout": r.layout.label, "reason": r.reason} for r in p.found.rejected],
         "rounds": p.rounds,
         "solver": {"name": p.solution.solver, "seconds": p.solution.seconds, "plan_seconds": p.seconds},
     }  # fmt: skip

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 from perfmodel.planner import constraints
-from perfmodel.planner.columns import Column, Columns
+from perfmodel.planner.columns import Column, Enumerator, Rejected
+from perfmodel.planner.infeasible import too_few_nodes
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.solver import Solution, solve
 from perfmodel.planner.verify import Pool
@@ -79,38 +81,38 @@ class Alternative:
 
 
 def alternatives(
-    found: Columns, offers: list[Offer], chosen: list[Pool], rates: list[float], objective: str, best: float
+    found: Enumerator, offers: list[Offer], chosen: list[Pool], rates: list[float], objective: str, best: float
 ) -> list[Alternative]:
     """Each device type alone, each role mix, each format and each other layout of the winners, re-solved; and the runner-up."""
     options: list[tuple[str, Callable[[Column], bool]]] = []
     for offer in offers:
-        options.append((f"only {offer.node.name}", lambda c, o=offer: c.offer is o))  # type: ignore[misc]
-    roles = {c.layout.role for c in found.offered}
+        options.append((f"only {offer.node.name}", lambda c, o=offer: c.layout.node == o.node.name))  # type: ignore[misc]
+    roles = {c.layout.role for c in found.columns.values()}
     if roles > {"colocated"}:
         options.append(("only colocated", lambda c: c.layout.role == "colocated"))
         options.append(("only disaggregated", lambda c: c.layout.role != "colocated"))
-    formats = sorted({c.layout.weight_dtype for c in found.offered})
+    formats = sorted({c.layout.weight_dtype for c in found.columns.values()})
     if len(formats) > 1:
         options += [(f"only {f} weights", lambda c, f=f: c.layout.weight_dtype == f) for f in formats]  # type: ignore[misc]
     winners = {(p.column.layout.node, p.column.layout.tp) for p in chosen}
     nodes = {node for node, _ in winners}
-    for node, tp in sorted({(c.layout.node, c.layout.tp) for c in found.offered if c.layout.node in nodes}):
+    for node, tp in sorted({(c.layout.node, c.layout.tp) for c in found.columns.values() if c.layout.node in nodes}):
         options.append((f"only {node} with tp{tp}", lambda c, n=node, t=tp: (c.layout.node, c.layout.tp) == (n, t)))  # type: ignore[misc]
     used = {p.column.layout for p in chosen}
     options.append(("without any layout of this plan (runner-up)", lambda c: c.layout not in used))
     return [_alternative(name, test, found, offers, rates, objective, best) for name, test in options]
 
 
-def _alternative(name: str, test: Callable[[Column], bool], found: Columns, offers: list[Offer], rates: list[float],
+def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, offers: list[Offer], rates: list[float],
                  objective: str, best: float) -> Alternative:  # fmt: skip
-    columns = [c for c in found.offered if test(c)]
+    columns = found.select(test)
     unit = _UNIT[objective]
     if not columns:
-        return Alternative(name, None, [], _why_none(name, found))
+        return Alternative(name, None, [], _why_none(test, found, range(len(rates))))
     program = constraints.build(columns, offers, rates, objective)
     solution = solve(program.problem, time_limit=10.0, gap=5e-3)
     if not solution.ok:
-        return Alternative(name, None, columns, _why_short(columns, offers, rates))
+        return Alternative(name, None, columns, _why_short(test, found, columns, offers, rates))
     extra = solution.objective - best
     if extra <= max(1e-6, 1e-4 * abs(best)):
         return Alternative(name, solution, columns, "costs the same: the chosen plan is one of these")
@@ -123,20 +125,28 @@ def _alternative(name: str, test: Callable[[Column], bool], found: Columns, offe
     )  # fmt: skip
 
 
-def _why_none(name: str, found: Columns) -> str:
-    wanted = name.removeprefix("only ").split(" ")[0]
-    reasons = [r for r in found.rejected if r.layout.node == wanted or wanted in (r.layout.weight_dtype, r.layout.role)]
-    if not reasons:
-        return "no such column"
-    timed = [r for r in reasons if r.best == r.best]
-    best = min(timed, key=lambda r: r.best) if timed else reasons[-1]
-    return f"cannot serve: {best.layout.label} {best.reason}"
+def _why_none(test: Callable[[Column], bool], found: Enumerator, missing: Any) -> str:
+    """Why none of the layouts that pass a test serves some buckets: the one that comes nearest."""
+    refused = [r for r in found.rejected if test(_stand_in(r)) and (not r.buckets or set(r.buckets) & set(missing))]
+    timed = [r for r in refused if r.best == r.best]
+    if timed:
+        # A layout is judged by the easiest set that holds a missing bucket.
+        nearest = min(timed, key=lambda r: r.best)
+        low, high = found.buckets[min(nearest.buckets)].low, found.buckets[max(nearest.buckets)].high
+        return f"cannot serve: at best {nearest.layout.label}, {nearest.reason} for {low:.0f}-{high:.0f} input tokens"
+    reasons = dict.fromkeys(f"{r.layout.label} {r.reason}" for r in refused)
+    return "cannot serve: " + (next(reversed(reasons), "no layout of this kind was enumerated"))
 
 
-def _why_short(columns: list[Column], offers: list[Offer], rates: list[float]) -> str:
-    """How much of the load the limited nodes can carry, bucket by bucket the best column."""
+def _stand_in(r: Rejected) -> Any:
+    """A rejected layout in the place of a column, for tests on layout and offer."""
+    return SimpleNamespace(layout=r.layout)
+
+
+def _why_short(test: Callable[[Column], bool], found: Enumerator, columns: list[Column], offers: list[Offer], rates: list[float]) -> str:
+    """Which buckets nobody serves, or which nodes run out and how many it would take."""
     missing = [k for k in range(len(rates)) if not any(k in c.buckets for c in columns)]
     if missing:
-        return f"no layout of it serves {len(missing)} of {len(rates)} input-length buckets within the objectives"
-    limits = ", ".join(f"{o.max_nodes} {o.node.name}" for o in offers if o.max_nodes and any(c.offer is o for c in columns))
-    return f"{limits or 'the nodes on the list'} cannot carry {sum(rates):.1f} requests/s"
+        return _why_none(test, found, missing)
+    error = too_few_nodes(columns, offers, rates, "devices")
+    return f"{error.reason}; it would take {error.nearest}" if error.nearest else error.reason

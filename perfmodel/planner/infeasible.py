@@ -6,12 +6,12 @@ from dataclasses import replace
 
 from perfmodel.errors import Infeasible
 from perfmodel.planner import constraints
-from perfmodel.planner.columns import Columns
+from perfmodel.planner.columns import Column, Enumerator
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.solver import solve
 
 
-def no_column(found: Columns) -> Infeasible:
+def no_column(found: Enumerator) -> Infeasible:
     """No layout meets the objectives even without load, or none holds the model."""
     timed = [r for r in found.rejected if r.best == r.best]
     if not timed:
@@ -36,11 +36,11 @@ def no_column(found: Columns) -> Infeasible:
     )
 
 
-def too_few_nodes(found: Columns, fleet: list[Offer], rates: list[float], objective: str) -> Infeasible:
+def too_few_nodes(chosen: list[Column], fleet: list[Offer], rates: list[float], objective: str) -> Infeasible:
     """The listed nodes run out: how many it would take, or which share of the load they carry."""
     unlimited = [replace(o, max_nodes=None) for o in fleet]
     by_name = {o.node.name: o for o in unlimited}
-    columns = [replace(c, offer=by_name[c.offer.node.name]) for c in found.offered]
+    columns = [replace(c, offer=by_name[c.offer.node.name]) for c in chosen]
     program = constraints.build(columns, unlimited, rates, objective)
     solution = solve(program.problem, time_limit=10.0, gap=1e-2)
     limits = ", ".join(f"{o.max_nodes} {o.node.name}" for o in fleet if o.max_nodes is not None)

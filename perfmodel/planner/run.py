@@ -12,7 +12,7 @@ from typing import Any
 from perfmodel import catalog
 from perfmodel.errors import Infeasible
 from perfmodel.planner import constraints, describe, infeasible
-from perfmodel.planner.columns import Column, Columns, Layout, enumerate_columns
+from perfmodel.planner.columns import Column, Enumerator, Layout
 from perfmodel.planner.explain import Alternative, alternatives, binding
 from perfmodel.planner.offer import Offer, offers
 from perfmodel.planner.solver import Solution, solve
@@ -36,7 +36,9 @@ class Plan:
 
     workload: Workload
     buckets: list[Bucket]
-    columns: Columns
+    found: Enumerator
+    columns: list[Column]
+    """Those the integer program chose from."""
     offers: list[Offer]
     solution: Solution
     pools: list[Pool]
@@ -91,29 +93,24 @@ def _plan_one(spec: PlanFile, base: Path, load: float, fleet: list[Offer], cache
     workload = build(spec.workload, base, load, spec.seed)
     groups = buckets(workload, BUCKETS)
     rates = [workload.rate * b.share for b in groups]
-    tighten: dict[tuple[Layout, tuple[int, ...]], float] = {}
     rounds: list[dict[str, Any]] = []
-    ttft, tpot = spec.workload.objectives.ttft, spec.workload.objectives.tpot
+    goals = spec.workload.objectives
+    found = Enumerator(spec.model, fleet, spec.choices, goals, workload, groups, cache)
     for attempt in range(_ROUNDS):
-        found = enumerate_columns(
-            spec.model, fleet, spec.choices, spec.workload.objectives, workload, groups, tighten, cache
-        )
-        solution, values = _solve(found, fleet, rates, spec.objective, workload)
-        chosen = pools(found.offered, values, groups)
+        columns = found.select()
+        solution, values = _solve(found, columns, fleet, rates, spec.objective)
+        chosen = pools(columns, values, groups, goals, workload.dispersion)
         results = replay(chosen, workload, groups, spec.seed)
-        misses = broken(results, ttft, tpot)
-        over = [(p.column, p.state.reason or "") for p in chosen if not p.state.feasible]
+        misses = broken(results, goals)
+        misses += [(p.column, f"closed form: {p.state.reason}") for p in chosen if not p.state.feasible]
         rounds.append({
             "round": attempt + 1, "objective": solution.objective, "bound": solution.bound,
-            "missed": sorted({f"{c.layout.label}: {what}" for c, what in misses + over}),
+            "missed": sorted({f"{c.layout.label}: {what}" for c, what in misses}),
         })  # fmt: skip
-        if not misses and not over:
+        if not misses:
             break
-        for column, _ in misses + over:
-            # The whole layout is tightened: its other bucket sets rest on the same closed forms.
-            for c in found.offered:
-                if c.layout == column.layout:
-                    tighten[c.key] = tighten.get(c.key, 1.0) * (_TIGHTER if c.key == column.key else _TIGHTER**0.5)
+        for column in {id(c): c for c, _ in misses}.values():
+            found.tighten(column, _TIGHTER)
     else:
         raise Infeasible(
             f"after {_ROUNDS} rounds the replay still misses {', '.join(rounds[-1]['missed'])}",
@@ -122,9 +119,9 @@ def _plan_one(spec: PlanFile, base: Path, load: float, fleet: list[Offer], cache
         )
     used_nodes = [round(values.get(f"N_{t}", 0.0)) for t in range(len(fleet))]
     others = alternatives(found, fleet, chosen, rates, spec.objective, solution.objective)
-    rows = binding(found.offered, fleet, chosen, values, rates, groups, spec.objective)
+    rows = binding(columns, fleet, chosen, values, rates, groups, spec.objective)
     result = Plan(
-        workload, groups, found, fleet, solution, chosen, used_nodes, results, rounds, rows, others,
+        workload, groups, found, columns, fleet, solution, chosen, used_nodes, results, rounds, rows, others,
         time.perf_counter() - start,
     )  # fmt: skip
     result.data = describe.data(spec, result)
@@ -137,16 +134,16 @@ def _plan_one(spec: PlanFile, base: Path, load: float, fleet: list[Offer], cache
 
 
 def _solve(
-    found: Columns, fleet: list[Offer], rates: list[float], objective: str, workload: Workload
+    found: Enumerator, columns: list[Column], fleet: list[Offer], rates: list[float], objective: str
 ) -> tuple[Solution, dict[str, float]]:
     """The integer optimum, then among plans with the same nodes the one with the fewest busy devices."""
-    if not found.offered or any(all(k not in c.buckets for c in found.offered) for k in range(len(rates))):
+    if not columns or any(all(k not in c.buckets for c in columns) for k in range(len(rates))):
         raise infeasible.no_column(found)
-    program = constraints.build(found.offered, fleet, rates, objective)
+    program = constraints.build(columns, fleet, rates, objective)
     solution = solve(program.problem)
     if not solution.ok:
-        raise infeasible.too_few_nodes(found, fleet, rates, objective)
-    return solution, _fewest_instances(found.offered, fleet, rates, objective, solution)
+        raise infeasible.too_few_nodes(columns, fleet, rates, objective)
+    return solution, _fewest_instances(columns, fleet, rates, objective, solution)
 
 
 def _fewest_instances(

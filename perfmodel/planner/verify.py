@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from perfmodel.planner.columns import Column, bucket_mix, handoff_seconds
+from perfmodel.planner.columns import Column, Layout, bucket_mix, handoff_seconds, meets
 from perfmodel.serving.queueing import Mix, State
 from perfmodel.serving.replay import Outcome, merge, simulate
 from perfmodel.serving.workload import Bucket, Requests, Workload
+from perfmodel.spec.plan import Objectives
 
 _SIMULATED_INSTANCES = 3
 
@@ -35,18 +36,46 @@ class Pool:
         return self.replicas * self.column.layout.devices
 
 
-def pools(columns: list[Column], values: dict[str, float], buckets: list[Bucket]) -> list[Pool]:
-    """Pools of a solution: columns with instances."""
-    found = []
+def pools(
+    columns: list[Column], values: dict[str, float], buckets: list[Bucket], objectives: Objectives, dispersion: float
+) -> list[Pool]:
+    """Pools of a solution. Columns of one layout become one pool where that still meets every percentile."""
+    found: dict[Layout, list[Pool]] = {}
     for c, column in enumerate(columns):
         replicas = round(values.get(f"n_{c}", 0.0))
         rates = np.array([max(values.get(f"y_{c}_{k}", 0.0), 0.0) for k in range(len(buckets))])
         rates[rates < 1e-9] = 0.0
         if replicas and rates.sum() > 0:
-            mix = bucket_mix(buckets, column.buckets, rates)
-            state = column.instance.state(float(rates.sum()) / replicas, mix)
-            found.append(Pool(column, replicas, rates, mix, state))
-    return found
+            found.setdefault(column.layout, []).append(_pool(column, replicas, rates, buckets))
+    result: list[Pool] = []
+    for parts in found.values():
+        whole = _merged(parts, buckets)
+        result += [whole] if not missed(whole, objectives, dispersion) else parts
+    return result
+
+
+def _pool(column: Column, replicas: int, rates: np.ndarray, buckets: list[Bucket]) -> Pool:
+    served = tuple(int(k) for k in np.flatnonzero(rates))
+    mix = bucket_mix(buckets, served, rates)
+    return Pool(column, replicas, rates, mix, column.instance.state(float(rates.sum()) / replicas, mix))
+
+
+def _merged(parts: list[Pool], buckets: list[Bucket]) -> Pool:
+    """The same instances behind one router."""
+    if len(parts) == 1:
+        return parts[0]
+    widest = max(parts, key=lambda x: len(x.column.buckets)).column
+    served = tuple(sorted({k for x in parts for k in x.column.buckets}))
+    demands = {
+        name: np.min([getattr(x.column, name) for x in parts], axis=0) for name in ("prefill_s", "decode_s", "kv_token_s")
+    }
+    column = replace(widest, buckets=served, **demands)
+    return _pool(column, sum(x.replicas for x in parts), np.sum([x.rates for x in parts], axis=0), buckets)
+
+
+def missed(pool: Pool, objectives: Objectives, dispersion: float) -> str:
+    """What the closed forms say a pool misses at its real mix; empty when nothing."""
+    return meets(pool.column.instance, pool.state, pool.mix, objectives, dispersion / pool.replicas)
 
 
 def promised(chosen: list[Pool], metric: str, p: float, dispersion: float) -> float:
@@ -60,7 +89,7 @@ def promised(chosen: list[Pool], metric: str, p: float, dispersion: float) -> fl
     def met(t: float) -> float:
         return sum(
             x.rate / total * (
-                x.column.instance.ttft_met(t, x.state, x.mix, dispersion) if metric == "ttft"
+                x.column.instance.ttft_met(t, x.state, x.mix, dispersion / x.replicas) if metric == "ttft"
                 else x.column.instance.tpot_met(t, x.state, x.mix)
             )
             for x in parts
@@ -188,10 +217,10 @@ def replayed_percentile(results: list[Replayed], metric: str, p: float) -> float
     return float(values[order][min(int(np.searchsorted(share, p)), values.size - 1)])
 
 
-def broken(results: list[Replayed], ttft: dict[str, float], tpot: dict[str, float]) -> list[tuple[Column, str]]:
+def broken(results: list[Replayed], objectives: Objectives) -> list[tuple[Column, str]]:
     """Columns whose own simulated requests miss a percentile, if the plan as a whole misses it."""
     found = []
-    for metric, limits in (("ttft", ttft), ("tpot", tpot)):
+    for metric, limits in (("ttft", objectives.ttft), ("tpot", objectives.tpot)):
         for name, limit in limits.items():
             p = float(name[1:]) / 100
             if replayed_percentile(results, metric, p) <= limit:

@@ -149,7 +149,7 @@ BY_CLASS = [
     "gemma-7b", "gemma-2-9b", "gemma-3-1b", "gemma-3-27b", "falcon-7b", "falcon-40b", "opt-350m", "opt-6.7b", "bloom-7b1",
     "gpt2", "gpt-j-6b", "gpt-neox-20b", "starcoder-15b", "starcoder2-7b", "smollm3-3b", "glm-4-32b", "command-r",
     "command-r-plus", "olmo-2-7b", "granite-3.1-8b", "granite-3b-code", "stablelm-2-1.6b", "qwen2-vl-7b", "qwen2.5-vl-7b",
-    "qwen3-vl-8b", "llava-1.5-7b", "mistral-small-3.1-24b",
+    "qwen3-vl-8b", "llava-1.5-7b", "llava-1.6-mistral-7b", "mistral-small-3.1-24b",
 ]  # fmt: skip
 
 # Variants and absent keys: transformers fills in its defaults, and so must we.

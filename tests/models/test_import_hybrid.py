@@ -58,6 +58,13 @@ def test_prediction_modules_complete_the_checkpoint(name: str, stored: int) -> N
     assert parameters_total(model) + model.mtp_parameters == stored
 
 
+def test_prediction_module_of_qwen3_next() -> None:
+    # Qwen3-Next stores 81,324,862,720 elements, Qwen3-Coder-Next the same model without the module: 79,674,391,296.
+    path = catalog.find("models", "qwen3-next")
+    config = {**yaml.read(path).data["config"], "mtp_num_hidden_layers": 1}
+    assert read(config).mtp_parameters == 81_324_862_720 - 79_674_391_296
+
+
 def test_qwen35_parts_are_those_of_its_checkpoint() -> None:
     model = catalog.load_model("Qwen/Qwen3.5-397B-A17B")
     assert model.vision is not None
