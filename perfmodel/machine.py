@@ -134,12 +134,9 @@ def from_device(device: Device, node: Node | None) -> Machine:
     if c is None or m is None:
         raise SpecError(f"{device.name!r} is a {device.kind}: it cannot run a model by itself")
     scale_up, host = device.links.get("scale_up"), device.links.get("host")
-    fabric = node.fabric if node else None
-    technology, link = _fabric(fabric, device)
-    found = calibration.device_parameters(device) | calibration.link_parameters(technology)
-    nics = node.network if node else None
-    network = calibration.link_parameters(nics.technology if nics else "ethernet")
-    found |= {k.replace("link", "network"): v for k, v in network.items()}
+    fabric, nics = (node.fabric, node.network) if node else (None, None)
+    _, link = _fabric(fabric, device)
+    found = achieved(device, node)
     shared = calibration.law().parameters
     count = node.devices.count if node else 1
     sigma = {k: v.parameter.sigma for k, v in found.items()} | {k: v.sigma for k, v in shared.items()}
@@ -172,6 +169,15 @@ def from_device(device: Device, node: Node | None) -> Machine:
         provenance=_provenance(found),
         **{k: v.parameter.value for k, v in found.items()},
     )
+
+
+def achieved(device: Device, node: Node | None) -> dict[str, Resolved]:
+    """What the device and its links to others achieve, each number with its evidence."""
+    technology, _ = _fabric(node.fabric if node else None, device)
+    nics = node.network if node else None
+    network = calibration.link_parameters(nics.technology if nics else "ethernet")
+    found = calibration.device_parameters(device) | calibration.link_parameters(technology)
+    return found | {k.replace("link", "network"): v for k, v in network.items()}
 
 
 def _fabric(fabric: Fabric | None, device: Device) -> tuple[str, float]:

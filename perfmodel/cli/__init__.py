@@ -8,7 +8,7 @@ from __future__ import annotations
 import click
 
 from perfmodel import __version__
-from perfmodel.cli.group import Program, specs_option
+from perfmodel.cli.group import Program, help_if_alone, specs_option
 
 __all__ = ["main"]
 
@@ -16,7 +16,6 @@ __all__ = ["main"]
 @click.group(
     cls=Program,
     verbs={name: f"perfmodel.cli.{name}:{name}" for name in ("estimate", "explain", "plan", "models", "hardware")},
-    invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 2 bad input, 3 infeasible. Every verb takes --json and --help.",
 )
@@ -29,5 +28,4 @@ def main(context: click.Context) -> None:
     \b
     perfmodel estimate --model llama-3.1-8b --hw h100-sxm --batch 16 --isl 1024 --osl 256
     """
-    if context.invoked_subcommand is None:
-        click.echo(context.get_help())
+    help_if_alone(context)

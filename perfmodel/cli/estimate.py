@@ -63,10 +63,14 @@ def _times(result: dict[str, Any]) -> str:
     for key, name in names.items():
         if result[key] is not None:
             rows.append([name, seconds(result[key]), _range(result["interval"][key]), _range(result["bounds"][key])])
+    note = (
+        "  p10 to p90: spread of the parameters. bounds: everything overlaps at peak rates; nothing overlaps at\n"
+        "  expected rates."
+    )
     rate, each = result["output_tokens_per_s"], result["output_tokens_per_s_per_device"]
-    text = table(rows, right=(1, 2, 3)) + f"\n\n  {number(rate)} output tokens/s, {number(each)} per device"
+    text = f"{table(rows, right=(1, 2, 3))}\n{note}\n\n  {number(rate)} output tokens/s, {number(each)} per device"
     if result["usd_per_million_output_tokens"] is None:
-        return text + "\n  no price in the catalogue; give one with --price '… USD/h' per node".replace("…", "N")
+        return f"{text}\n  no price in the catalogue: --price '25 USD/h' gives the price of a node"
     return (
         f"{text}\n  {number(result['usd_per_million_output_tokens'])} USD per million output tokens "
         f"at {number(result['usd_per_hour'])} USD/h ({result['price_source']})"

@@ -21,7 +21,7 @@ class Verbs(click.Group):
     """A group whose members are named `module:attribute` and imported on first use."""
 
     def __init__(self, *args: Any, verbs: dict[str, str], **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+        super().__init__(*args, invoke_without_command=True, **kwargs)
         self.verbs = verbs
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -42,6 +42,12 @@ class Verbs(click.Group):
             hint = did_you_mean(word, self.verbs) or f"; there are: {', '.join(self.verbs)}"
             raise click.UsageError(f"unknown command {word!r}{hint}", ctx)
         return super().resolve_command(ctx, args)
+
+
+def help_if_alone(context: click.Context) -> None:
+    """The body of a group: without a verb it shows its help."""
+    if context.invoked_subcommand is None:
+        click.echo(context.get_help())
 
 
 class Program(Verbs):

@@ -128,69 +128,64 @@ def replay(chosen: list[Pool], workload: Workload, buckets: list[Bucket], seed: 
     entry = [x for x in chosen if x.column.layout.role != "decode"]
     assigned = _assign(entry, bucket, rng)
     results: list[Replayed] = []
-    handed: list[tuple[Requests, np.ndarray, float]] = []
+    first = np.full(len(r), np.nan)
+    ready = np.full(len(r), np.nan)
     for i, pool in enumerate(entry):
         mine = np.flatnonzero(assigned == i)
-        outcomes, used = [], []
-        for instance in _spread(pool.replicas):
-            part = mine[instance :: pool.replicas]
-            if part.size:
-                outcomes.append(_run(pool, r.take(part)))
-                used.append(part)
+        outcomes, used = _sample(pool, r, mine)
         if not outcomes:
             continue
-        whole = merge(outcomes)
-        taken = np.concatenate(used)
+        whole, taken = merge(outcomes), np.concatenate(used)
         results.append(Replayed(pool, whole, mine.size / taken.size))
         if pool.column.layout.role == "prefill":
-            moved = handoff_seconds(pool.column.estimator)
-            first = whole.ttft + r.arrival[taken]
-            ready = first + moved * r.input[taken]
-            handed.append((Requests(ready, r.input[taken], r.output[taken]), first, mine.size / taken.size))
-    return results + _decode_pools([x for x in chosen if x.column.layout.role == "decode"], handed, buckets, rng)
+            first[mine] = r.arrival[mine] + _resample(whole.ttft, r.input[taken], r.input[mine], rng)
+            first[taken] = r.arrival[taken] + whole.ttft
+            ready[mine] = first[mine] + handoff_seconds(pool.column.estimator) * r.input[mine]
+    decoders = [x for x in chosen if x.column.layout.role == "decode"]
+    return results + (_decode_pools(decoders, r, first, ready, buckets, rng) if decoders else [])
+
+
+def _sample(pool: Pool, r: Requests, mine: np.ndarray) -> tuple[list[Outcome], list[np.ndarray]]:
+    """Simulate some instances of a pool on every replicas-th of its requests; (outcomes, indices of the requests)."""
+    parts = [mine[i :: pool.replicas] for i in range(min(pool.replicas, _SIMULATED_INSTANCES))]
+    parts = [p for p in parts if p.size]
+    return [_run(pool, r.take(p)) for p in parts], parts
+
+
+def _resample(values: np.ndarray, known: np.ndarray, wanted: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Times of requests that were not simulated: that of a simulated one of about the same input length."""
+    order = np.argsort(known)
+    place = np.searchsorted(known[order], wanted) + rng.integers(-3, 4, wanted.size)
+    return values[order][np.clip(place, 0, known.size - 1)]
 
 
 def _decode_pools(
-    decoders: list[Pool], handed: list[tuple[Requests, np.ndarray, float]], buckets: list[Bucket], rng: np.random.Generator
+    decoders: list[Pool], r: Requests, first: np.ndarray, ready: np.ndarray, buckets: list[Bucket], rng: np.random.Generator
 ) -> list[Replayed]:
-    if not decoders or not handed:
-        return []
-    arrival = np.concatenate([h[0].arrival for h in handed])
-    order = np.argsort(arrival, kind="stable")
-    r = Requests(arrival[order], *(np.concatenate([getattr(h[0], f) for h in handed])[order] for f in ("input", "output")))
-    first = np.concatenate([h[1] for h in handed])[order]
-    # Only a share of the prefill instances was simulated, so only that share of the decode instances sees work.
-    weight = float(np.mean([h[2] for h in handed]))
-    keep = r.output > 1
-    r, first = r.take(keep), first[keep]
+    """Simulate decode instances on the requests whose cache was handed over, in the order it arrives."""
+    chosen = np.flatnonzero(~np.isnan(ready) & (r.output > 1))
+    chosen = chosen[np.argsort(ready[chosen], kind="stable")]
+    handed = Requests(ready[chosen], r.input[chosen], r.output[chosen])
+    first = first[chosen]
     upper = np.array([b.high for b in buckets])
-    bucket = np.minimum(np.searchsorted(upper, r.input), len(buckets) - 1)
+    bucket = np.minimum(np.searchsorted(upper, handed.input), len(buckets) - 1)
     assigned = _assign(decoders, bucket, rng)
     results = []
     for i, pool in enumerate(decoders):
         mine = np.flatnonzero(assigned == i)
-        busy = max(1, round(pool.replicas / weight))
-        outcomes = []
-        for instance in _spread(busy):
-            part = mine[instance::busy]
-            if part.size:
-                outcome = _run(pool, r.take(part))
-                # TPOT counts from the first token at the prefill instance, hand-off included.
-                tpot = (outcome.finish - first[part]) / (r.output[part] - 1)
-                outcomes.append(Outcome(outcome.ttft, tpot, outcome.finish, outcome.preempted))
+        outcomes, used = _sample(pool, handed, mine)
+        # TPOT counts from the first token at the prefill instance, hand-off included.
+        for k, (outcome, part) in enumerate(zip(outcomes, used, strict=True)):
+            outcomes[k] = replace(outcome, tpot=(outcome.finish - first[part]) / (handed.output[part] - 1))
         if outcomes:
             whole = merge(outcomes)
-            results.append(Replayed(pool, whole, weight * mine.size / whole.ttft.size))
+            results.append(Replayed(pool, whole, mine.size / whole.ttft.size))
     return results
 
 
 def _run(pool: Pool, requests: Requests) -> Outcome:
     i = pool.column.instance
     return simulate(i.clock, i.kv_tokens, requests, pool.column.layout.role)
-
-
-def _spread(replicas: int) -> list[int]:
-    return list(range(min(replicas, _SIMULATED_INSTANCES)))
 
 
 def _assign(entry: list[Pool], bucket: np.ndarray, rng: np.random.Generator) -> np.ndarray:

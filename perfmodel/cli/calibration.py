@@ -1,0 +1,90 @@
+"""The parameters behind an estimate, one line each: value, unit, spread, evidence and source."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from perfmodel.cli.text import heading, plural, table
+from perfmodel.errors import SpecError
+from perfmodel.spec.calibration import Parameter
+from perfmodel.spec.hardware import Device, Network, Node
+
+# Base units by the words parameter names are made of; what matches none is a plain number.
+_UNITS = (
+    ("second", ("latency", "overhead", "issue", "host_base", "host_per_sequence")),
+    ("byte", ("memory_base", "memory_graphs", "memory_parallel")),
+    ("token", ("attention_tile", "attention_padding", "decode_chunk")),
+)
+
+
+def unit(name: str) -> str:
+    """Base unit of a parameter.
+
+    >>> unit("memory_latency"), unit("memory_base"), unit("link_efficiency")
+    ('second', 'byte', '1')
+    """
+    return next((u for u, words in _UNITS if any(word in name for word in words)), "1")
+
+
+def describe(spec: Device | Node | Network, engine: str) -> dict[str, Any]:
+    """Every parameter an estimate on this hardware uses, and how many there are of each group.
+
+    Groups: `device` (fitted to this device), `class` (priors of its architecture, memory and links), `law` (shared by
+    all devices), `engine`. Raises SpecError for hardware that runs no model and is no link.
+    """
+    from perfmodel import calibration
+    from perfmodel.machine import achieved, machine
+
+    if isinstance(spec, Network):
+        found = calibration.link_parameters(spec.name)
+    elif isinstance(spec, Node) or spec.compute:
+        m = machine(spec.name) if isinstance(spec, Device) else None
+        node = spec if isinstance(spec, Node) else m.node if m else None
+        found = achieved(_device(spec), node)
+    else:
+        raise SpecError(f"{spec.name!r} is a {spec.kind}: no achieved rates are kept for it")
+    rows = [
+        _row("device" if r.evidence.startswith("calibrated") else "class", k, r.parameter, r.evidence)
+        for k, r in found.items()
+    ]
+    if not isinstance(spec, Network):
+        rows += [_row("law", k, p, "shared by all devices") for k, p in calibration.law().parameters.items()]
+        rows += [_row("engine", k, p, engine) for k, p in calibration.engine(engine).parameters.items()]
+    groups = ("device", "class", "law", "engine")
+    return {
+        "parameters": rows,
+        "counts": {g: sum(r["group"] == g for r in rows) for g in groups},
+        "residual": dict(calibration.law().residual),
+    }
+
+
+def _device(spec: Device | Node) -> Device:
+    from perfmodel import catalog
+
+    return spec if isinstance(spec, Device) else catalog.load_device(spec.devices.device)
+
+
+def _row(group: str, name: str, p: Parameter, evidence: str) -> dict[str, Any]:
+    return {
+        "group": group, "name": name, "value": p.value, "unit": unit(name), "sigma": p.sigma,
+        "evidence": evidence, "source": p.source,
+    }  # fmt: skip
+
+
+def page(data: dict[str, Any]) -> str:
+    """The same as text: one table per group."""
+    parts = []
+    for group, count in data["counts"].items():
+        if not count:
+            continue
+        rows = [["parameter", "value", "unit", "sigma", "evidence", "source"]]
+        rows += [
+            [r["name"], f"{r['value']:.4g}", r["unit"], f"{r['sigma']:.2g}", r["evidence"], r["source"]]
+            for r in data["parameters"]
+            if r["group"] == group
+        ]
+        title = heading(plural(count, f"{group} parameter"))
+        parts.append(f"{title}\n{table(rows, right=(1, 3))}")
+    spread = ", ".join(f"{phase} {value:g}" for phase, value in data["residual"].items())
+    note = f"sigma: standard deviation of the logarithm. Beyond the parameters the law itself leaves {spread}."
+    return "\n\n".join([*parts, note])
