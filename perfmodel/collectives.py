@@ -21,8 +21,8 @@ def in_node(ranks: Num, stride: Num, m: Machine) -> Num:
 def collective_seconds(kind: str, message: Num, sent: Num, ranks: Num, m: Machine, local: Num) -> Num:
     """Time of one collective of `message` bytes over `ranks` devices of which each sends `sent` bytes.
 
-    `local` ranks share a node. Inside it: ring (2(n-1) or n-1 hops), one-shot, two-shot or in-switch reduction,
-    whichever is fastest. Across nodes: two levels, with the part between nodes at the NIC's rate.
+    `local` ranks share a node. Inside it: ring (2(n-1) or n-1 hops), tree (2 log2 n hops), one-shot, two-shot or
+    in-switch reduction, whichever is fastest. Across nodes: two levels, with the part between nodes at the NIC's rate.
     """
     if np.any(ranks > local):
         return _two_level(kind, message, sent, ranks, m, local)
@@ -63,10 +63,12 @@ def _inside(kind: str, message: Num, sent: Num, ranks: Num, m: Machine) -> Num:
     if kind == "all_to_all":
         return start + hop * np.log2(np.maximum(ranks, 2)) + sent / rate
     rounds = 2 if kind == "all_reduce" else 1
-    ring = start + rounds * (ranks - 1) * hop + sent / rate
+    best = start + rounds * (ranks - 1) * hop + sent / rate
+    if kind == "all_reduce":
+        tree = start + 2 * np.ceil(np.log2(np.maximum(ranks, 2))) * hop + 2 * message / rate
+        best = np.minimum(best, tree)
     if not m.p2p:
-        return ring
-    best = ring
+        return best
     small = np.where(ranks <= _CUSTOM_RANKS, 1.0, np.inf)
     if kind == "all_reduce":
         one_shot = start + hop + (ranks - 1) * message / rate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -136,10 +137,11 @@ def kv_capacity(model: Model, par: Parallelism, formats: Formats, m: Machine, en
 def longest_context(model: Model, par: Parallelism, formats: Formats, free: float, sequences: int) -> int:
     """Most tokens each of `sequences` can cache in `free` bytes per device; 0 when none fits.
 
-    Cached bytes grow piecewise linearly with tokens, so the slope beyond every window solves it in closed form.
+    Cached bytes grow piecewise linearly with tokens, so the slope beyond every window solves it in closed form. Where
+    nothing grows (windows and states only) it is the model's own limit, and `sys.maxsize` for a model without one.
     """
     windows = [b.mixer.window for b in model.blocks.values() if isinstance(b.mixer, Attention) and b.mixer.window]
-    beyond = float(max(windows, default=0) + 1)
+    beyond = float(max(windows, default=1))
 
     def used(tokens: float) -> float:
         return float(cache_bytes(model, par, formats, sequences, tokens))
@@ -148,6 +150,6 @@ def longest_context(model: Model, par: Parallelism, formats: Formats, free: floa
     base, slope = used(low), (used(high) - used(low)) / (high - low)
     if free < base or (free == base and low == 0):
         return 0
-    if slope <= 0:
-        return model.max_positions
+    if used(high) <= used(low) * (1 + 1e-12):
+        return model.max_positions or sys.maxsize
     return int(low + (free - base) / slope)

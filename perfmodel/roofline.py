@@ -144,7 +144,7 @@ def _demands(op: Op, m: Machine) -> tuple[Num, Num, Num, Num, Num]:
         case "attention":
             compute, loading, vector = _attention(op, m, vector)
             memory = memory / loading
-            latency = latency + m.law["attention_latency"]
+            latency = latency + m.law["attention_latency"] + _item_starts(op, m)
         case "scan":
             compute = _plain_compute(op, m)
         case _:
@@ -192,8 +192,9 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     """(compute seconds, share of the memory rate, vector seconds) of fused attention.
 
     The query rows that share a KV head fill tiles, the last one padded (below one tile, to the matrix instruction).
-    Work items are one per sequence, KV head and tile, and along the context as many as the units have room for. Their last
-    wave is partly empty; causal tiles compute masked work on the diagonal.
+    Work items are one per sequence, KV head and tile; groups shorter than a tile are also split along the context, to
+    fill the units. The time is that of the longest item (with a causal mask up to twice the mean) or of an even share
+    of the work plus half an item for the last wave; causal tiles compute masked work on the diagonal.
     """
     s, law = op.shape, m.law
     dtype = next((u for u in op.flops if u not in ("vector", "exp")), None)
@@ -203,16 +204,25 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     tiles = n * s["kv_heads"] * np.ceil(packed / tile)
     step = np.where(packed < tile, _SMALLEST_ROWS, tile)
     padding = np.ceil(packed / step) * step / packed
-    items = tiles * np.maximum(np.minimum(kv_len / law["decode_chunk"], m.units / tiles), 1.0)
+    splits = np.maximum(np.minimum(kv_len / law["decode_chunk"], 2 * m.units / tiles), 1.0)
+    items = tiles * np.where(packed < tile, splits, 1.0)
+    uneven = np.clip(kv_len * n * q / s["pairs"], 1.0, 2.0)
     full = items / m.units
-    # One wave when it is not filled; beyond, half a wave more on average.
-    tail = np.where(full < 1, 1 / full, 1 + 0.5 / np.maximum(full, 1) * (1 - 1 / np.maximum(full, 1)))
+    tail = np.maximum(uneven / full, 1 + 0.5 * uneven / full * (full > 1))
     waste = 1 + law["attention_padding"] * (q > 1) / np.maximum(kv_len, 1)
     loading = np.minimum(1.0, items / (m.units * law["units_to_saturate_memory"]))
     if dtype is None:
         return 0.0, loading, vector
     rate = m.peak(dtype) * m.attention_efficiency
     return op.flops[dtype] * waste * padding * tail / rate, loading, vector * waste * tail
+
+
+def _item_starts(op: Op, m: Machine) -> Num:
+    """Seconds one unit spends starting and ending prefill tiles (query load, first keys, output store), not overlapped."""
+    packed = op.shape["heads"] / op.shape["kv_heads"] * op.shape["q"]
+    tile = m.law["attention_tile"]
+    items = np.where(packed < tile, 0.0, op.shape["n"] * op.shape["kv_heads"] * packed / tile)
+    return items / m.units * m.law["attention_tile_start"]
 
 
 def _collective(op: Op, m: Machine) -> Cost:

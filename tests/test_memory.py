@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -149,10 +151,18 @@ def test_longest_context_is_the_last_that_fits(name: str, free: float, sequences
     def used(tokens: int) -> float:
         return float(memory.cache_bytes(model, ONE, BF16, sequences, tokens))
 
-    if longest == model.max_positions and used(longest + 1) == used(longest):
-        return  # bounded by the windows: any length fits
+    if name == "mistral-7b" and used(4096) <= free:
+        assert longest == model.max_positions  # bounded by its windows, so any length fits
+        return
     assert longest == 0 or used(longest) <= free * (1 + 1e-12)
     assert used(longest + 1) > free * (1 - 1e-12)
+
+
+def test_a_state_space_model_has_no_longest_context() -> None:
+    model = catalog.load_model("mamba2-2.7b")
+    state = memory.state_bytes_per_sequence(model, BF16)
+    assert memory.longest_context(model, ONE, BF16, 4.5 * state, 4) == sys.maxsize
+    assert memory.longest_context(model, ONE, BF16, 3.5 * state, 4) == 0
 
 
 def test_resident_parts_add_up_and_decide() -> None:

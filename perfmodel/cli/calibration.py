@@ -32,15 +32,16 @@ def describe(spec: Device | Node | Network, engine: str) -> dict[str, Any]:
     Groups: `device` (fitted to this device), `class` (priors of its architecture, memory and links), `law` (shared by
     all devices), `engine`. Raises SpecError for hardware that runs no model and is no link.
     """
-    from perfmodel import calibration
-    from perfmodel.machine import achieved, machine
+    from perfmodel import calibration, catalog
+    from perfmodel.machine import achieved
 
     if isinstance(spec, Network):
         found = calibration.link_parameters(spec.name)
-    elif isinstance(spec, Node) or spec.compute:
-        m = machine(spec.name) if isinstance(spec, Device) else None
-        node = spec if isinstance(spec, Node) else m.node if m else None
-        found = achieved(_device(spec), node)
+    elif isinstance(spec, Node):
+        found = achieved(catalog.load_device(spec.devices.device), spec)
+    elif spec.compute:
+        node = catalog.node_of(spec.name)
+        found = achieved(spec, catalog.load_node(node) if node else None)
     else:
         raise SpecError(f"{spec.name!r} is a {spec.kind}: no achieved rates are kept for it")
     rows = [
@@ -56,12 +57,6 @@ def describe(spec: Device | Node | Network, engine: str) -> dict[str, Any]:
         "counts": {g: sum(r["group"] == g for r in rows) for g in groups},
         "residual": dict(calibration.law().residual),
     }
-
-
-def _device(spec: Device | Node) -> Device:
-    from perfmodel import catalog
-
-    return spec if isinstance(spec, Device) else catalog.load_device(spec.devices.device)
 
 
 def _row(group: str, name: str, p: Parameter, evidence: str) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import click
 
 from perfmodel import units
 from perfmodel.cli.group import Verbs, common_options, help_if_alone
-from perfmodel.cli.text import echo_json, heading, size, table
+from perfmodel.cli.text import echo_json, heading, number, size, table
 
 
 @click.group(cls=Verbs, verbs={"list": f"{__name__}:list_hardware", "show": f"{__name__}:show"})
@@ -122,8 +122,10 @@ def _row(path: str, value: Any, kind: str | None, cited: dict[str, str]) -> list
         text = text.replace("FLOP", "OP") if path.rsplit(".", 1)[-1].startswith("int") else text
     elif isinstance(value, tuple):
         text = ", ".join(_member(v) for v in value)
+    elif isinstance(value, bool):
+        text = "yes" if value else "no"
     else:
-        text = {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+        text = number(value, digits=12) if isinstance(value, float) else str(value)
     return [path, text, source]
 
 

@@ -35,7 +35,7 @@ def list_models(as_json: bool) -> None:
             {
                 "name": name, "title": m.title, "organisation": m.organisation, "family": m.family,
                 "parameters_total": total, "parameters_active": active, "layers": m.n_layers,
-                "max_positions": m.max_positions, "dtype": m.dtype,
+                "max_positions": m.max_positions, "dtype": m.dtype, "expert_dtype": m.expert_dtype,
             }
         )  # fmt: skip
     if as_json:
@@ -46,7 +46,8 @@ def list_models(as_json: bool) -> None:
         active = tally(x["parameters_active"]) if x["parameters_active"] != x["parameters_total"] else ""
         context = f"{x['max_positions']:,}" if x["max_positions"] else "any"
         sizes = [tally(x["parameters_total"]), active, str(x["layers"]), context]
-        rows.append([x["name"], *sizes, x["dtype"], x["organisation"]])
+        dtype = x["dtype"] + (f" + {x['expert_dtype']}" if x["expert_dtype"] else "")
+        rows.append([x["name"], *sizes, dtype, x["organisation"]])
     click.echo(table(rows, right=(1, 2, 3, 4), indent=0))
 
 

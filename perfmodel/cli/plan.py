@@ -15,7 +15,7 @@ from perfmodel.cli.text import echo_json
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @common_options
 def plan(file: str, out: str, objective: str | None, no_report: bool, as_json: bool) -> None:
-    """Choose devices, parallelism and instance counts for the workload in FILE (YAML)."""
+    """Choose the fleet for the workload in FILE (YAML)."""
     from perfmodel.planner.run import plan as run
 
     result = run(file, objective=objective)

@@ -60,8 +60,9 @@ def size(x: float) -> str:
 
 def tally(x: float) -> str:
     """A large count: 8030261248 -> 8.03 B."""
+    rounded = float(f"{x:.2e}")  # 999.9 M reads 1 B
     for factor, letter in ((1e12, " T"), (1e9, " B"), (1e6, " M")):
-        if x >= factor:
+        if rounded >= factor:
             return number(x / factor) + letter
     return f"{x:,.0f}"
 

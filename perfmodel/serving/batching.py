@@ -1,0 +1,83 @@
+"""Steady state of one instance for a fixed request shape: what `estimate --rate` and `--concurrency` add."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from perfmodel import memory
+from perfmodel.errors import Infeasible, SpecError
+from perfmodel.estimator import Estimator
+from perfmodel.serving.clock import StepClock
+from perfmodel.serving.queueing import Instance, Mix, State
+
+_PERCENTILES = (0.5, 0.9, 0.95, 0.99)
+
+
+def serving_summary(
+    e: Estimator, isl: int, osl: int, *, rate: float | None, concurrency: int | None, ttft: float | None, tpot: float | None
+) -> dict[str, Any]:
+    """Continuous batching of `isl`/`osl` requests: at a Poisson rate [1/s], or with `concurrency` clients in a loop.
+
+    A closed loop keeps C requests in flight, so its rate follows from Little's law: C = rate x (TTFT + (osl - 1) TPOT).
+    Raises Infeasible when the instance saturates, with the highest rate it can carry.
+    """
+    if rate is not None and concurrency is not None:
+        raise SpecError("give either --rate (open loop) or --concurrency (closed loop), not both")
+    mix = Mix(np.array([float(isl)]), np.array([float(osl)]), np.ones(1))
+    per_token = float(memory.cache_bytes(e.model, e.par, e.formats, 1, mix.context, e.engine.block_tokens)) / mix.context
+    instance = Instance(StepClock(e, mix.context), "colocated", e.kv_free / per_token * int(e.par.dp))
+    closed = concurrency is not None
+    if concurrency is not None:
+        rate = _closed_loop_rate(instance, mix, concurrency)
+    assert rate is not None
+    state = instance.state(rate, mix)
+    if not state.feasible:
+        most = highest_rate(instance, mix)
+        raise Infeasible(f"{rate:.3g} requests/s: {state.reason}", nearest=f"--rate {most:.3g}", binding=(state.reason,))
+    result: dict[str, Any] = {
+        "rate_per_s": rate, "concurrency": concurrency or rate * _residence(instance, state, mix),
+        "decode_batch": state.batch, "prefill_utilisation": state.utilisation, "kv_share": state.kv_share,
+        "output_tokens_per_s": rate * osl,
+    }  # fmt: skip
+    if closed:
+        # Clients in a loop wait for each other, not for a random arrival stream: means, no percentiles.
+        result |= {"ttft_s": {"mean": _mean_ttft(instance, state, mix)}, "tpot_s": {"mean": state.step}}
+    else:
+        result["ttft_s"] = {f"p{p * 100:g}": instance.ttft_quantile(p, state, mix) for p in _PERCENTILES}
+        result["tpot_s"] = {f"p{p * 100:g}": instance.tpot_quantile(p, state, mix) for p in _PERCENTILES}
+    shares = {}
+    if ttft is not None and not closed:
+        shares["ttft"] = instance.ttft_met(ttft, state, mix)
+    if tpot is not None and not closed:
+        shares["tpot"] = instance.tpot_met(tpot, state, mix)
+    return result | ({"met_share": shares} if shares else {})
+
+
+def _mean_ttft(instance: Instance, s: State, mix: Mix) -> float:
+    return instance.mean_wait(s, mix) + mix.mean(s.work) + 1.5 * s.pure_step
+
+
+def _residence(instance: Instance, s: State, mix: Mix) -> float:
+    """Seconds a request spends in the instance."""
+    return _mean_ttft(instance, s, mix) + mix.mean(mix.steps) * s.step
+
+
+def highest_rate(instance: Instance, mix: Mix) -> float:
+    """Highest feasible rate, by bisection on the logarithm."""
+    low, high = 1e-6, 1e6
+    for _ in range(60):
+        middle = float(np.sqrt(low * high))
+        low, high = (middle, high) if instance.state(middle, mix).feasible else (low, middle)
+    return low
+
+
+def _closed_loop_rate(instance: Instance, mix: Mix, concurrency: int) -> float:
+    """Rate at which `concurrency` requests are in flight; what does not fit in memory waits outside."""
+    low, high = 1e-9, highest_rate(instance, mix)
+    for _ in range(60):
+        middle = (low + high) / 2
+        held = middle * _residence(instance, instance.state(middle, mix), mix)
+        low, high = (middle, high) if held < concurrency else (low, middle)
+    return low
