@@ -7,8 +7,10 @@ import numpy as np
 from perfmodel.machine import Machine
 from perfmodel.symbols import Num
 
-# Ranks up to which serving engines use their own one-shot and two-shot kernels over peer-to-peer loads.
+# Ranks and bytes up to which serving engines use their own one-shot and two-shot kernels over peer-to-peer loads
+# (vLLM's custom all-reduce: at most 8 ranks and 8 MiB).
 _CUSTOM_RANKS = 8
+_CUSTOM_BYTES = 8 * 2**20
 
 
 def in_node(ranks: Num, stride: Num, m: Machine) -> Num:
@@ -69,13 +71,13 @@ def _inside(kind: str, message: Num, sent: Num, ranks: Num, m: Machine) -> Num:
         best = np.minimum(best, tree)
     if not m.p2p:
         return best
-    small = np.where(ranks <= _CUSTOM_RANKS, 1.0, np.inf)
+    small = np.where((ranks <= _CUSTOM_RANKS) & (message <= _CUSTOM_BYTES), 1.0, np.inf)
     if kind == "all_reduce":
         one_shot = start + hop + (ranks - 1) * message / rate
         two_shot = start + 2 * hop + sent / rate
         best = np.minimum(best, small * np.minimum(one_shot, two_shot))
         if m.in_switch:
-            best = np.minimum(best, start + 2 * hop + message * (ranks + 1) / ranks / rate)
+            best = np.minimum(best, start + 2 * hop + message * (ranks + 1) / ranks / (rate * m.law["in_switch_efficiency"]))
     else:
         best = np.minimum(best, small * (start + hop + sent / rate))
     return best

@@ -75,6 +75,11 @@ class Machine:
         """Whether the matrix units multiply this dtype."""
         return dtype in self.matrix
 
+    def matrix_rate(self, dtype: str) -> Num:
+        """Achieved matrix FLOP/s of a dtype: peak x efficiency, and a further fraction below 16 bits."""
+        narrow = dtype in _NARROW and self.native(dtype)
+        return self.peak(dtype) * self.matrix_efficiency * (self.law["narrow_matrix_efficiency"] if narrow else 1.0)
+
     def with_engine(self, engine: Engine) -> Machine:
         """The same machine driven by an engine: its host times join the law."""
         values = {k: p.value for k, p in engine.parameters.items()}
@@ -96,6 +101,8 @@ class Machine:
                 shared[name] = shared[name] * factor
         return replace(self, law=shared, **changes)
 
+
+_NARROW = ("fp8", "fp6", "fp4", "int8", "int4")
 
 _WIDER = {
     "fp4": ("fp4", "fp8", "bf16", "fp16"),

@@ -154,7 +154,7 @@ def _demands(op: Op, m: Machine) -> tuple[Num, Num, Num, Num, Num]:
 
 def _plain_compute(op: Op, m: Machine) -> Num:
     units = [u for u in op.flops if u not in ("vector", "exp")]
-    return sum((op.flops[u] / (m.peak(u) * m.matrix_efficiency) for u in units), start=0.0)
+    return sum((op.flops[u] / m.matrix_rate(u) for u in units), start=0.0)
 
 
 def _matrix_product(op: Op, m: Machine, groups: Num) -> tuple[Num, Num]:
@@ -166,7 +166,7 @@ def _matrix_product(op: Op, m: Machine, groups: Num) -> tuple[Num, Num]:
     dtype = next(u for u in op.flops if u not in ("vector", "exp"))
     rows, cols, depth = op.shape["m"], op.shape["n"], op.shape["k"]
     flops = op.flops[dtype]
-    per_unit = m.peak(dtype) * m.matrix_efficiency / m.units
+    per_unit = m.matrix_rate(dtype) / m.units
     best: Num = np.inf
     most_tiles: Num = 0.0
     for tile_m, tile_n in _TILES:
@@ -185,7 +185,7 @@ def _matrix_product(op: Op, m: Machine, groups: Num) -> tuple[Num, Num]:
             best = np.minimum(best, np.where(useful, seconds, np.inf))
             most_tiles = np.maximum(most_tiles, np.where(useful, tiles, 0.0))
     loading = np.minimum(1.0, most_tiles / (m.units * m.law["units_to_saturate_memory"]))
-    return np.maximum(best, flops / (m.peak(dtype) * m.matrix_efficiency)), loading
+    return np.maximum(best, flops / m.matrix_rate(dtype)), loading
 
 
 def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
@@ -194,7 +194,7 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     The query rows that share a KV head fill tiles, the last one padded (below one tile, to the matrix instruction).
     Work items are one per sequence, KV head and tile; groups shorter than a tile are also split along the context, to
     fill the units. The time is that of the longest item (with a causal mask up to twice the mean) or of an even share
-    of the work plus half an item for the last wave; causal tiles compute masked work on the diagonal.
+    of the work plus half an item for the last wave.
     """
     s, law = op.shape, m.law
     dtype = next((u for u in op.flops if u not in ("vector", "exp")), None)
@@ -209,12 +209,11 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     uneven = np.clip(kv_len * n * q / s["pairs"], 1.0, 2.0)
     full = items / m.units
     tail = np.maximum(uneven / full, 1 + 0.5 * uneven / full * (full > 1))
-    waste = 1 + law["attention_padding"] * (q > 1) / np.maximum(kv_len, 1)
     loading = np.minimum(1.0, items / (m.units * law["units_to_saturate_memory"]))
     if dtype is None:
         return 0.0, loading, vector
     rate = m.peak(dtype) * m.attention_efficiency
-    return op.flops[dtype] * waste * padding * tail / rate, loading, vector * waste * tail
+    return op.flops[dtype] * padding * tail / rate, loading, vector * tail
 
 
 def _item_starts(op: Op, m: Machine) -> Num:

@@ -60,8 +60,11 @@ class _SymbolicFormat(NamedTuple):
 class Expression(NamedTuple):
     """One count of one operator. quantity: ``flops.<unit>`` or ``bytes.<path>.<tensor>``."""
 
+    index: int
+    """Position of the operator in the pass."""
     op: str
     part: str
+    kind: str
     quantity: str
     expr: Expr
     times: Expr
@@ -131,9 +134,13 @@ def inputs(model: Model, formats: Formats, par: Parallelism | None = None) -> di
 def expressions(program: Program) -> list[Expression]:
     """Every FLOP and byte count of every operator, zero counts left out."""
     found = []
-    for op, times, part in operators(program.schedule):
-        found += [Expression(op.name, part, f"flops.{unit}", n, times) for unit, n in op.flops.items() if n != 0]
-        found += [Expression(op.name, part, name, n, times) for name, n in _bytes(op).items()]
+    for index, (op, times, part) in enumerate(operators(program.schedule)):
+        counts = {f"flops.{unit}": n for unit, n in op.flops.items()} | _bytes(op)
+        found += [
+            Expression(index, op.name, part, op.kind, quantity, _exact(n), _exact(times))
+            for quantity, n in counts.items()
+            if n != 0
+        ]
     return found
 
 
@@ -142,15 +149,23 @@ def _bytes(op: Op) -> dict[str, Expr]:
     for t in op.traffic:
         key = f"bytes.{t.path}.{t.tensor}"
         moved[key] = moved.get(key, 0) + t.bytes
-    return {k: v for k, v in moved.items() if v != 0}
+    return moved
 
 
-def totals(program: Program) -> dict[str, Expr]:
-    """One expression per quantity for the whole pass, with ``flops`` (matrix units) and ``bytes`` (device memory)."""
+def _exact(expr: Expr) -> Expr:
+    """Decimal constants as fractions: 1.0 prints as 1, and x^0.5 as a square root."""
+    import sympy
+
+    expr = sympy.sympify(expr)
+    return expr.xreplace({x: sympy.Rational(str(float(x))) for x in expr.atoms(sympy.Float)})
+
+
+def totals(counts: Iterable[Expression]) -> dict[str, Expr]:
+    """One expression per quantity over all runs, with ``flops`` (matrix units) and ``bytes`` (device memory)."""
     import sympy
 
     parts: dict[str, list[Expr]] = {"flops": [], "bytes": []}
-    for e in expressions(program):
+    for e in counts:
         parts.setdefault(e.quantity, []).append(e.times * e.expr)
         group, kind = e.quantity.split(".")[:2]
         if (group == "flops" and kind not in ("vector", "exp")) or kind == "hbm":
@@ -194,15 +209,52 @@ def _evaluate(function: Any, names: list[str], count: int, values: Mapping[str, 
 
 
 def elasticity(expr: Expr, name: str) -> Expr:
-    """Relative change of a count per relative change of a symbol: d ln f / d ln x = (x / f) df/dx.
+    """Relative change of a count per relative change of a symbol: d ln f / d ln x = (x / f) df/dx."""
+    import sympy
 
-    Roundings up are differentiated as their trend (the ceiling of x as x), because their own slope is 0 or infinite.
+    smooth = _smooth(expr)
+    x = next((s for s in smooth.free_symbols if s.name == name), None)
+    return sympy.Integer(0) if x is None else x * sympy.diff(smooth, x) / smooth
+
+
+def crossing(expr: Expr, name: str, values: Mapping[str, float], most: float = 1e7) -> float | None:
+    """Smallest value in (0, most] of one symbol at which an expression turns from negative to positive, else None.
+
+    The root of the polynomial where the expression is one in that symbol, else bisection between powers of two.
     """
     import sympy
 
-    smooth = expr.replace(sympy.ceiling, lambda x: x)
-    x = next((s for s in smooth.free_symbols if s.name == name), None)
-    return sympy.Integer(0) if x is None else x * sympy.diff(smooth, x) / smooth
+    x = symbol(name)
+    one = _smooth(expr)
+    one = one.xreplace({s: sympy.Float(values[s.name]) for s in one.free_symbols if s != x})
+    if one.is_polynomial(x):
+        found = np.roots([float(c) for c in sympy.Poly(one, x).all_coeffs()])
+        slope = sympy.diff(one, x)
+        rising = [r.real for r in found if abs(r.imag) < 1e-9 * abs(r) and r.real > 0 and slope.subs(x, r.real) > 0]
+        return min((float(r) for r in rising if r <= most), default=None)
+    value = sympy.lambdify([x], one, modules="numpy")
+    high = 1.0
+    while value(high) < 0:
+        high *= 2
+        if high > most:
+            return None
+    low = high / 2
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (middle, high) if value(middle) < 0 else (low, middle)
+    return high
+
+
+def is_polynomial(expr: Expr, name: str) -> bool:
+    """Whether `crossing` is solved in closed form."""
+    return bool(_smooth(expr).is_polynomial(symbol(name)))
+
+
+def _smooth(expr: Expr) -> Expr:
+    """Roundings up replaced by their trend, the ceiling of x by x: their own slope is 0 or infinite."""
+    import sympy
+
+    return expr.replace(sympy.ceiling, lambda x: x)
 
 
 def unindexed(expr: Expr) -> Expr:
