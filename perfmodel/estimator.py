@@ -34,7 +34,8 @@ def choose_formats(
     expert = get_format(weight or model.expert_dtype or model.dtype)
     base = act if act is not None and get_format(act).width >= 2 else "bf16" if model.dtype != "fp16" else "fp16"
     wide = get_format(base)
-    if get_format(base).matrix not in m.matrix and m.matrix:
+    # 16-bit formats stand in for each other (bf16 on Volta runs as fp16); FP32 was asked for and stays.
+    if wide.width == 2 and wide.matrix not in m.matrix and m.matrix:
         wide = get_format("fp16" if "fp16" in m.matrix else "fp32")
     narrowest = min((stored, expert), key=lambda f: f.width)
     wants = act is None or get_format(act).width < 2

@@ -153,11 +153,21 @@ def _bytes(op: Op) -> dict[str, Expr]:
 
 
 def _exact(expr: Expr) -> Expr:
-    """Decimal constants as fractions: 1.0 prints as 1, and x^0.5 as a square root."""
+    """Decimal constants as fractions and roots: 1.0 prints as 1, and 1.414… x^0.5 as sqrt(2 x)."""
     import sympy
 
     expr = sympy.sympify(expr)
-    return expr.xreplace({x: sympy.Rational(str(float(x))) for x in expr.atoms(sympy.Float)})
+    decimals = expr.atoms(sympy.Float)
+    exact = expr.xreplace({x: _constant(float(x)) for x in decimals})
+    return sympy.powsimp(exact, combine="base", force=True) if 0.5 in decimals else exact
+
+
+def _constant(x: float) -> Expr:
+    import sympy
+
+    square = round(x * x)
+    is_root = x != round(x) and abs(x * x - square) < 1e-12
+    return sympy.sqrt(square) if is_root else sympy.Rational(str(x))
 
 
 def totals(counts: Iterable[Expression]) -> dict[str, Expr]:

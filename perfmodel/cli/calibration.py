@@ -11,7 +11,7 @@ from perfmodel.spec.hardware import Device, Network, Node
 
 # Base units by the words parameter names are made of; what matches none is a plain number.
 _UNITS = (
-    ("second", ("latency", "overhead", "issue", "host_base", "host_per_sequence")),
+    ("second", ("latency", "overhead", "issue", "start", "host_base", "host_per_sequence")),
     ("byte", ("memory_base", "memory_graphs", "memory_parallel")),
     ("token", ("attention_tile", "attention_padding", "decode_chunk")),
 )

@@ -49,11 +49,12 @@ def _title(result: dict[str, Any]) -> str:
     node = f" ({c['hardware']})" if c["hardware"] != c["device"] else ""
     first = f"{c['model']} on {c['devices']} x {c['device']}{node}" + (f", {', '.join(cut)}" if cut else "")
     cached = f", {c['prefix']:,} of them cached" if c["prefix"] else ""
+    formats = f"weights {c['weight_dtype']}, KV cache {c['kv_dtype']}, arithmetic {c['compute_dtype']}"
     return (
         f"{heading(first)}\n"
         f"  {plural(c['batch'], 'sequence')} of {plural(c['isl'], 'prompt token')}{cached} "
         f"and {plural(c['osl'], 'output token')}\n"
-        f"  weights {c['weight_dtype']}, KV cache {c['kv_dtype']}, arithmetic {c['compute_dtype']}, engine {c['engine']}"
+        f"  {formats}, engine {c['engine']}"
     )
 
 
@@ -113,15 +114,16 @@ def _limits(result: dict[str, Any], limits: dict[str, float | None]) -> str:
     return f"{heading('Limits')}\n{table(rows)}"
 
 
-def _serving(summary: dict[str, Any]) -> str:
-    """Whatever the serving model reports, one line a number; keys that end in _s are durations."""
-    rows = [[k.removesuffix("_s").replace("_", " "), _value(k, v)] for k, v in summary.items()]
-    return f"{heading('Under load')}\n{table(rows)}"
-
-
-def _value(key: str, value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_value(key, v)}" for k, v in value.items())
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    return seconds(value) if key.endswith("_s") and not key.endswith("per_s") else number(value)
+def _serving(s: dict[str, Any]) -> str:
+    flight = f"{number(s['concurrency'])} requests in flight, {number(s['decode_batch'])} of them decoding"
+    rows = [
+        ["load", f"{number(s['rate_per_s'])} requests/s: {flight}"],
+        ["output", f"{number(s['output_tokens_per_s'])} tokens/s"],
+        ["prefill", f"{s['prefill_utilisation']:.0%} of the time"],
+        ["KV memory", f"{s['kv_share']:.0%} of what is free"],
+    ]
+    for name in ("ttft", "tpot"):
+        rows.append([name.upper(), ", ".join(f"{k} {seconds(v)}" for k, v in s[f"{name}_s"].items())])
+    for name, share in s.get("met_share", {}).items():
+        rows.append([f"{name.upper()} limit", f"met by {share:.1%} of the requests"])
+    return f"{heading('Under load, continuous batching')}\n{table(rows)}"

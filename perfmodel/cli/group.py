@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import import_module
+from io import TextIOWrapper
 from typing import Any, TextIO, TypeVar
 
 import click
@@ -21,7 +22,7 @@ class Verbs(click.Group):
     """A group whose members are named `module:attribute` and imported on first use."""
 
     def __init__(self, *args: Any, verbs: dict[str, str], **kwargs: Any) -> None:
-        super().__init__(*args, invoke_without_command=True, **kwargs)
+        super().__init__(*args, **{"invoke_without_command": True, **kwargs})
         self.verbs = verbs
 
     def list_commands(self, ctx: click.Context) -> list[str]:
@@ -55,6 +56,10 @@ class Program(Verbs):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= {"prog_name": "perfmodel", "standalone_mode": False}
+        for stream in (sys.stdout, sys.stderr):
+            # A terminal that cannot show a sign gets a question mark, not a traceback.
+            if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
+                stream.reconfigure(errors="replace")
         with _warnings_as_lines():
             try:
                 code = super().main(*args, **kwargs)
@@ -62,6 +67,9 @@ class Program(Verbs):
                 code = _fail(str(error), error.exit_code)
             except click.ClickException as error:
                 code = _fail(_describe(error), 2)
+            except OSError as error:
+                # A report that cannot be written, a file that vanished. Closed pipes never get here: click ends them.
+                code = _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
             except click.Abort:
                 code = _fail("interrupted", _INTERRUPTED)
         # Without standalone mode --help and --version return their code, and a verb returns None.

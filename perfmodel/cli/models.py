@@ -27,7 +27,7 @@ def list_models(as_json: bool) -> None:
     from perfmodel import catalog
     from perfmodel.parameters import parameters_active, parameters_total
 
-    found = []
+    found: list[dict[str, Any]] = []
     for name in catalog.names("models"):
         m = catalog.load_model(name)
         total, active = parameters_total(m), parameters_active(m)
@@ -43,9 +43,9 @@ def list_models(as_json: bool) -> None:
         return
     rows = [["name", "parameters", "active", "layers", "context", "dtype", "from"]]
     for x in found:
-        active = tally(x["parameters_active"]) if x["parameters_active"] != x["parameters_total"] else ""
+        meets = tally(x["parameters_active"]) if x["parameters_active"] != x["parameters_total"] else ""
         context = f"{x['max_positions']:,}" if x["max_positions"] else "any"
-        sizes = [tally(x["parameters_total"]), active, str(x["layers"]), context]
+        sizes = [tally(x["parameters_total"]), meets, str(x["layers"]), context]
         dtype = x["dtype"] + (f" + {x['expert_dtype']}" if x["expert_dtype"] else "")
         rows.append([x["name"], *sizes, dtype, x["organisation"]])
     click.echo(table(rows, right=(1, 2, 3, 4), indent=0))

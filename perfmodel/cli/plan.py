@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import click
 
 from perfmodel.cli.group import common_options
@@ -18,7 +20,11 @@ def plan(file: str, out: str, objective: str | None, no_report: bool, as_json: b
     """Choose the fleet for the workload in FILE (YAML)."""
     from perfmodel.planner.run import plan as run
 
-    result = run(file, objective=objective)
+    def progress(line: str) -> None:
+        click.echo(f"{line} ...", err=True)
+
+    # A plan takes minutes; say so where a person is watching.
+    result = run(file, objective=objective, progress=progress if sys.stderr.isatty() else None)
     if as_json:
         echo_json(result.data)
     else:

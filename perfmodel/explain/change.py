@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+
 from perfmodel import roofline, vectorize
 from perfmodel.breakdown import step_phase
 from perfmodel.estimator import Estimator
@@ -77,7 +79,8 @@ def ridge(
     """Where matrix time equals memory time at datasheet rates: the batch (decode) or the new tokens (prefill).
 
     Solves sum over dtypes of FLOPs / peak = bytes / bandwidth, for the whole pass and for the linear layers alone.
-    `at` is None when no value up to ten million does; `now` is matrix time over memory time as the step is.
+    `at` is None when no value up to ten million does; `now` is matrix time over memory time as the step is;
+    `more` the matrix and memory seconds that one more sequence (or token) adds, between this many and twice as many.
     """
     name = "B" if is_decode else "Q"
     linear = [c for c in counts if c.kind in ("gemm", "grouped_gemm")]
@@ -87,10 +90,11 @@ def ridge(
         units = [q for q in exprs if q.startswith("flops.") and q not in ("flops.vector", "flops.exp")]
         matrix = sum(exprs[q] / e.machine.peak(q.removeprefix("flops.")) for q in units)
         moved = exprs["bytes"] / e.machine.bandwidth
-        matrix_now, moved_now = vectorize.compile([matrix, moved])(values)[:, 0]
+        both = vectorize.compile([matrix, moved])(values | {name: np.array([1.0, 2.0]) * values[name]})
         result[scope] = {
             "at": vectorize.crossing(matrix - moved, name, values),
-            "now": float(matrix_now / moved_now),
+            "now": float(both[0, 0] / both[1, 0]),
+            "more": ((both[:, 1] - both[:, 0]) / values[name]).tolist(),
             "closed_form": vectorize.is_polynomial(matrix - moved, name),
         }
     return result

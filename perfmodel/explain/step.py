@@ -9,6 +9,7 @@ from perfmodel import vectorize
 from perfmodel.breakdown import op_table, step_phase
 from perfmodel.estimator import Estimator
 from perfmodel.explain.change import machine_effects, ridge, symbol_effects
+from perfmodel.symbols import ALPHABET
 from perfmodel.vectorize import DEGREES, Expression
 
 
@@ -37,7 +38,7 @@ def explain_step(e: Estimator, batch: int, new: int, context: int, *, is_decode:
         "host_seconds": parts.seconds - device,
         "passes": float(e._passes(batch, is_decode)),
         "symbols": _used(counts, values),
-        "groups": _grouped(rows),
+        "groups": _grouped(rows, counts, values),
         "totals": _totals(rows, counts, values),
         "busy": parts.busy,
         "binding": {"resource": ranked[0][0], "seconds": ranked[0][1], "next": ranked[1][0],
@@ -68,18 +69,25 @@ def _add_formulas(rows: list[dict[str, Any]], counts: list[Expression], values: 
 def _used(counts: list[Expression], values: dict[str, float]) -> dict[str, float]:
     """Values of the symbols that the step's formulas contain, in the order of the alphabet."""
     names = {s.name for c in counts for x in (c.expr, c.times) for s in x.free_symbols}
-    return {name: values[name] for name in [*values, "B", "Q", "C"] if name in names}
+    return {name: values[name] for name in sorted(names, key=_place)}
 
 
-def _grouped(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Consecutive operators of one kind of layer (or embedding, head) together."""
+def _place(name: str) -> tuple[int, str]:
+    return list(ALPHABET).index(vectorize.base(name)), name
+
+
+def _grouped(rows: list[dict[str, Any]], counts: list[Expression], values: dict[str, float]) -> list[dict[str, Any]]:
+    """Consecutive operators of one kind of layer (or embedding, head) together, with the sizes that are its own."""
     groups = []
     for part, members in groupby(rows, key=lambda row: row["part"]):
         found = list(members)
+        names = {s.name for c in counts if c.part == part for s in c.expr.free_symbols} - set(ALPHABET)
+        own = {vectorize.base(name): values[name] for name in sorted(names, key=_place)}
         groups.append(
             {
                 "part": part,
                 "times": found[0]["times"],
+                "symbols": own,
                 "seconds": sum(r["times"] * r["seconds"] for r in found),
                 "share": sum(r["share"] for r in found),
                 "operators": found,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -25,9 +26,7 @@ def serving_summary(
     """
     if rate is not None and concurrency is not None:
         raise SpecError("give either --rate (open loop) or --concurrency (closed loop), not both")
-    mix = Mix(np.array([float(isl)]), np.array([float(osl)]), np.ones(1))
-    per_token = float(memory.cache_bytes(e.model, e.par, e.formats, 1, mix.context, e.engine.block_tokens)) / mix.context
-    instance = Instance(StepClock(e, mix.context), "colocated", e.kv_free / per_token * int(e.par.dp))
+    mix, instance = _fixed_shape(e, isl, osl)
     closed = concurrency is not None
     if concurrency is not None:
         rate = _closed_loop_rate(instance, mix, concurrency)
@@ -55,6 +54,24 @@ def serving_summary(
     return result | ({"met_share": shares} if shares else {})
 
 
+def _fixed_shape(e: Estimator, isl: int, osl: int) -> tuple[Mix, Instance]:
+    """An instance that serves requests of one shape."""
+    mix = Mix(np.array([float(isl)]), np.array([float(osl)]), np.ones(1))
+    per_token = float(memory.cache_bytes(e.model, e.par, e.formats, 1, mix.context, e.engine.block_tokens)) / mix.context
+    return mix, Instance(StepClock(e, mix.context), "colocated", max(e.kv_free, per_token) / per_token * int(e.par.dp))
+
+
+@lru_cache(maxsize=1024)
+def _loop_instance(model: str, hardware: str, isl: int, osl: int, options: tuple[tuple[str, Any], ...]) -> tuple[Mix, Instance]:
+    return _fixed_shape(Estimator(model, hardware, **dict(options)), isl, osl)
+
+
+def closed_loop_step(model: str, hardware: str, isl: int, osl: int, concurrency: float, **instance: Any) -> float:
+    """Mean seconds between a request's tokens with `concurrency` clients in a loop."""
+    mix, served = _loop_instance(model, hardware, isl, osl, tuple(sorted(instance.items())))
+    return served.state(_closed_loop_rate(served, mix, concurrency), mix).step
+
+
 def _mean_ttft(instance: Instance, s: State, mix: Mix) -> float:
     return instance.mean_wait(s, mix) + mix.mean(s.work) + 1.5 * s.pure_step
 
@@ -64,20 +81,24 @@ def _residence(instance: Instance, s: State, mix: Mix) -> float:
     return _mean_ttft(instance, s, mix) + mix.mean(mix.steps) * s.step
 
 
+@lru_cache(maxsize=1024)
 def highest_rate(instance: Instance, mix: Mix) -> float:
     """Highest feasible rate, by bisection on the logarithm."""
     low, high = 1e-6, 1e6
-    for _ in range(60):
+    for _ in range(36):
         middle = float(np.sqrt(low * high))
         low, high = (middle, high) if instance.state(middle, mix).feasible else (low, middle)
     return low
 
 
-def _closed_loop_rate(instance: Instance, mix: Mix, concurrency: int) -> float:
+def _closed_loop_rate(instance: Instance, mix: Mix, concurrency: float) -> float:
     """Rate at which `concurrency` requests are in flight; what does not fit in memory waits outside."""
-    low, high = 1e-9, highest_rate(instance, mix)
-    for _ in range(60):
+    alone = concurrency / _residence(instance, instance.state(1e-9, mix), mix)
+    # Requests stay longest when they are most, so the rate without company is an upper limit.
+    low, high = 0.0, min(alone, highest_rate(instance, mix))
+    for _ in range(22):
         middle = (low + high) / 2
-        held = middle * _residence(instance, instance.state(middle, mix), mix)
-        low, high = (middle, high) if held < concurrency else (low, middle)
+        s = instance.state(middle, mix)
+        crowded = not s.feasible or middle * _residence(instance, s, mix) >= concurrency
+        low, high = (low, middle) if crowded else (middle, high)
     return low

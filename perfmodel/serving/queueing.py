@@ -20,7 +20,7 @@ _MOST_BUSY = 0.92
 _SPARE_SIGMAS = 2.0  # cached bytes may exceed their mean by this many standard deviations
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Mix:
     """Joint lengths of the requests one instance sees, with weights that sum to one."""
 
@@ -66,7 +66,7 @@ class State:
     """Cached bytes (mean + 2 sigma) over the free bytes."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instance:
     """One serving instance: its clock, its role, and how many sequences' tokens its memory holds."""
 

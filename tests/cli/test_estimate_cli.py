@@ -137,7 +137,9 @@ def test_price_is_of_a_whole_node(estimate: Callable[..., dict[str, Any]]) -> No
     assert r["price_source"] == "given"
 
 
-def test_without_a_price_money_is_null(estimate: Callable[..., dict[str, Any]], cli: Callable[..., Any], toy: Path) -> None:
+def test_without_a_price_money_is_null(
+    estimate: Callable[..., dict[str, Any]], cli: Callable[..., Any], toy: Path
+) -> None:
     base = ("estimate", "--model", "llama-3.1-8b", "--hw", toy)
     r = estimate(base=base)
     assert r["usd_per_million_output_tokens"] is None
@@ -150,7 +152,9 @@ def test_limits_are_judged_not_enforced(estimate: Callable[..., dict[str, Any]])
     assert estimate(*BATCH, "--tpot", "1 ns")["meets"] == {"tpot": False}
 
 
-def test_a_batch_too_large_is_said_not_refused(estimate: Callable[..., dict[str, Any]], cli: Callable[..., Any]) -> None:
+def test_a_batch_too_large_is_said_not_refused(
+    estimate: Callable[..., dict[str, Any]], cli: Callable[..., Any]
+) -> None:
     most = estimate(*BATCH)["memory"]["max_batch"]
     assert estimate("--batch", most, "--isl", 1024, "--osl", 256)["memory"]["fits"] is True
     too_many = ("--batch", 2 * most, "--isl", 1024, "--osl", 256)
@@ -197,6 +201,15 @@ def test_dtype_leaves_quantised_experts_alone(estimate: Callable[..., dict[str, 
     assert estimate("--dtype", "bfloat16", base=base)["memory"] == estimate(base=base)["memory"]
 
 
+def test_fp32_is_fp32(estimate: Callable[..., dict[str, Any]]) -> None:
+    """Not quietly half precision or TF32: 66.9 TFLOP/s of the vector units, and four bytes a weight."""
+    r = estimate("--dtype", "float32", "--batch", 8)
+    assert r["configuration"]["compute_dtype"] == "fp32"
+    assert r["memory"]["weights"] == 4 * 8_030_261_248
+    layers = 8_030_261_248 - 2 * 128_256 * 4096
+    assert r["bounds"]["ttft_s"][0] >= 2 * 8 * 1024 * layers / 66.9e12
+
+
 def test_gpus_decides_tp_unless_given() -> None:
     assert degrees(8, tp=None, pp=None, dp=None, cp=None) == (8, 1, 1, 1)
     assert degrees(8, tp=None, pp=2, dp=2, cp=None) == (2, 2, 2, 1)
@@ -227,4 +240,17 @@ def test_json_holds_whatever_load_it_is_asked_about(cli: Callable[..., Any]) -> 
     assert isinstance(outcome.json["serving"], dict)
     assert cli(*LLAMA, "--rate", "1 /s", "--json").json == outcome.json
     text = cli(*LLAMA, "--rate", 1)
-    assert "Under load" in text.out
+    assert "1 requests/s" in text.out
+    assert max(map(len, text.out.splitlines())) <= 120
+    closed = cli(*LLAMA, "--concurrency", 8, "--json").json["serving"]
+    assert closed["concurrency"] == 8
+    assert "8 requests in flight" in cli(*LLAMA, "--concurrency", 8).out
+
+
+def test_a_load_beyond_the_device_is_infeasible(cli: Callable[..., Any]) -> None:
+    outcome = cli(*LLAMA, "--rate", 10_000)
+    assert outcome.code == 3
+    assert outcome.out == ""
+    assert "error: 1e+04 requests/s" in outcome.err
+    most = outcome.err.rsplit("--rate ", 1)[1].strip()
+    assert cli(*LLAMA, "--rate", 0.99 * float(most)).code == 0

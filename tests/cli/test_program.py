@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import warnings
@@ -20,7 +22,9 @@ PROGRAM = "from perfmodel.cli import main; main()"
 
 
 def shell(*arguments: str, code: str = PROGRAM, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=60, **options
+    )
 
 
 def test_help_imports_nothing_heavy() -> None:
@@ -65,7 +69,16 @@ def test_help_names_every_verb(cli: Callable[..., Any], arguments: tuple[str, ..
 
 
 @pytest.mark.parametrize(
-    "verb", [("estimate",), ("explain",), ("plan",), ("models", "list"), ("models", "show"), ("hardware", "list"), ("hardware", "show")]
+    "verb",
+    [
+        ("estimate",),
+        ("explain",),
+        ("plan",),
+        ("models", "list"),
+        ("models", "show"),
+        ("hardware", "list"),
+        ("hardware", "show"),
+    ],
 )
 def test_every_verb_has_help_and_json(cli: Callable[..., Any], verb: tuple[str, ...]) -> None:
     outcome = cli(*verb, "--help")
@@ -104,6 +117,24 @@ def test_stdout_that_is_closed_early() -> None:
     assert "Traceback" not in reader.stderr.read()
     reader.stderr.close()
     assert reader.wait(timeout=60) in (0, 1)
+
+
+def test_a_terminal_without_the_signs_of_a_name(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"architectures": ["Größe"]}', encoding="utf-8")
+    done = shell("models", "show", str(tmp_path), env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
+    assert done.returncode == 2
+    assert "unknown architecture 'Gr??e'" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_file_that_cannot_be_written(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/report.html")
+
+    monkeypatch.setattr("perfmodel.estimates.estimate", full)
+    outcome = cli("estimate", "--model", "llama-3.1-8b", "--hw", "h100-sxm")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == f"error: out/report.html: {os.strerror(errno.ENOSPC)}\n"
 
 
 def test_an_interrupt_ends_quietly(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
