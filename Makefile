@@ -36,7 +36,8 @@ lint: $(VENV)/.installed-all
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/perfmodel docs --out docs
+	$(BIN)/python docs/generate.py
+	$(BIN)/python docs/fidelity.py
 
 bench: $(VENV)/.installed-all
 	$(BIN)/python -m pytest tests/bench -o python_files='bench_*.py' -s

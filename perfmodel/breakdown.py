@@ -20,9 +20,9 @@ def op_table(e: Estimator, phase: graph.Phase) -> list[dict[str, Any]]:
     """One row per operator of a pass on one device, in order.
 
     name, part (kind of layer), kind, times (runs in a pass); of one run: flops on the matrix units [FLOP], vector
-    [operations], bytes of device memory, link_bytes, launches, seconds, busy [seconds by resource]; intensity [FLOP/byte, None
-    without matrix work]; ridge [FLOP/byte of its dtype]; achieved [FLOP/s]; bound_by (the resource busy longest);
-    share of the pass's device seconds over all runs.
+    [operations], bytes of device memory, link_bytes, launches, seconds, busy [seconds by resource]; intensity
+    [FLOP/byte, None without matrix work]; ridge [FLOP/byte of its dtype]; achieved [FLOP/s]; bound_by (the resource
+    busy longest); share of the pass's device seconds over all runs.
     """
     rows = [
         _row(op, float(times), part, e.machine) for op, times, part in operators(e.lower(phase).schedule)

@@ -34,8 +34,8 @@ def estimate(
     limits [s] to be judged. rate [1/s], concurrency: add a `serving` section. instance: as for Estimator.
     Returns plain data in base SI. Raises SpecError for bad input and Infeasible when the weights do not fit.
 
-    ttft_s is one unchunked pass of batch x (isl - prefix) tokens; tpot_s the mean of the osl - 1 decode steps at contexts
-    isl + 1 … isl + osl - 1; e2e_s = ttft_s + (osl - 1) tpot_s.
+    ttft_s is one unchunked pass of batch x (isl - prefix) tokens; tpot_s the mean of the osl - 1 decode steps at
+    contexts isl + 1 … isl + osl - 1; e2e_s = ttft_s + (osl - 1) tpot_s.
     """
     e = Estimator(model, hardware, **instance)
     check_request(e.model, batch, isl, osl, prefix)
@@ -64,7 +64,7 @@ def estimate(
 
 
 def check_request(model: Model, batch: int, isl: int, osl: int, prefix: int) -> None:
-    """Raise SpecError for sizes that are not whole, not positive, beyond the alphabet's range or the model's positions."""
+    """Raise SpecError for sizes that are not whole or positive, or beyond the alphabet's range or the model's."""
     sizes = (("batch", batch, 1, "B"), ("isl", isl, 1, "Q"), ("osl", osl, 1, "Q"), ("prefix", prefix, 0, "Q"))
     for name, value, least, letter in sizes:
         whole = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value % 1 == 0

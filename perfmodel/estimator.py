@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -34,9 +35,9 @@ def choose_formats(
     expert = get_format(weight or model.expert_dtype or model.dtype)
     base = act if act is not None and get_format(act).width >= 2 else "bf16" if model.dtype != "fp16" else "fp16"
     wide = get_format(base)
-    # 16-bit formats stand in for each other (bf16 on Volta runs as fp16); FP32 was asked for and stays.
+    # 16-bit formats stand in for each other (bf16 on Volta runs as fp16, fp16 on a TPU as bf16); FP32 was asked for and stays.
     if wide.width == 2 and wide.matrix not in m.matrix and m.matrix:
-        wide = get_format("fp16" if "fp16" in m.matrix else "fp32")
+        wide = get_format(next((name for name in ("bf16", "fp16") if name in m.matrix), "fp32"))
     narrowest = min((stored, expert), key=lambda f: f.width)
     wants = act is None or get_format(act).width < 2
     quantise = wants and narrowest.matrix is not None and narrowest.width < wide.width and m.native(narrowest.matrix)
@@ -216,11 +217,12 @@ class Estimator:
         seconds = np.broadcast_to(self._finish(rows, batch, new, is_decode, shaken), (len(self.machine.sigma) + 1,))
         steps = np.log(seconds[1:] / seconds[0])
         residual = calibration.law().residual["decode" if is_decode else "prefill"]
+        sigma = float(np.sqrt(np.sum(steps**2) + residual**2))
         return Parts(
             expected,
             float(total.lower) * passes,
-            max(sum(busy.values()), expected),
-            float(np.sqrt(np.sum(steps**2) + residual**2)),
+            max(sum(busy.values()), expected) * math.exp(_P10_P90 * sigma),
+            sigma,
             max(busy, key=lambda r: busy[r]),
             busy,
             dict(zip(self.machine.sigma, steps.tolist(), strict=True)),
@@ -277,7 +279,10 @@ class Estimator:
 
 @dataclass(frozen=True)
 class Parts:
-    """One step: expected seconds, bounds, spread (sigma of the logarithm), bottleneck, busy seconds by resource."""
+    """One step: expected seconds, bounds, spread (sigma of the logarithm), bottleneck, busy seconds by resource.
+
+    lower: perfect overlap at datasheet rates. upper: no overlap at all, with every parameter at its p90 together.
+    """
 
     seconds: float
     lower: float

@@ -185,6 +185,8 @@ def _matrix_product(op: Op, m: Machine, groups: Num) -> tuple[Num, Num]:
             best = np.minimum(best, np.where(useful, seconds, np.inf))
             most_tiles = np.maximum(most_tiles, np.where(useful, tiles, 0.0))
     loading = np.minimum(1.0, most_tiles / (m.units * m.law["units_to_saturate_memory"]))
+    # A few rows need no tile: matrix-vector kernels run on the vector units, without padding.
+    best = np.minimum(best, flops / (m.vector * m.vector_efficiency))
     return np.maximum(best, flops / m.matrix_rate(dtype)), loading
 
 

@@ -34,7 +34,7 @@ _ROWS = 32_768  # rows evaluated at once: intermediate arrays stay in the proces
 
 
 class _Width:
-    """Enters expressions as its symbol, yet knows which of two formats is narrower: that decides which operators exist."""
+    """Enters expressions as its symbol, yet tells which of two formats is narrower: that decides what operators exist."""
 
     def __init__(self, name: str, size: float) -> None:
         self.name, self.size = name, size
@@ -60,7 +60,7 @@ class _SymbolicFormat(NamedTuple):
 class Expression(NamedTuple):
     """One count of one operator. quantity: ``flops.<unit>`` or ``bytes.<path>.<tensor>``."""
 
-    index: int
+    position: int
     """Position of the operator in the pass."""
     op: str
     part: str
@@ -153,13 +153,11 @@ def _bytes(op: Op) -> dict[str, Expr]:
 
 
 def _exact(expr: Expr) -> Expr:
-    """Decimal constants as fractions and roots: 1.0 prints as 1, and 1.414… x^0.5 as sqrt(2 x)."""
+    """Decimal constants as fractions and roots: 1.0 prints as 1, and 1.414… x^0.5 as sqrt(2) sqrt(x)."""
     import sympy
 
     expr = sympy.sympify(expr)
-    decimals = expr.atoms(sympy.Float)
-    exact = expr.xreplace({x: _constant(float(x)) for x in decimals})
-    return sympy.powsimp(exact, combine="base", force=True) if 0.5 in decimals else exact
+    return expr.xreplace({x: _constant(float(x)) for x in expr.atoms(sympy.Float)})
 
 
 def _constant(x: float) -> Expr:

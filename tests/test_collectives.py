@@ -72,7 +72,7 @@ def test_switch_that_adds_is_faster_on_large_messages_and_never_slower() -> None
     m = machine("hgx-h100-8")
     plain = replace(m, in_switch=False)
     assert m.in_switch
-    assert seconds(m, "all_reduce", 1e9, 8) < 0.75 * seconds(plain, "all_reduce", 1e9, 8)
+    assert seconds(m, "all_reduce", 1e9, 8) < 0.9 * seconds(plain, "all_reduce", 1e9, 8)
     for size in (1e3, 1e5, 1e7):
         assert seconds(m, "all_reduce", size, 8) <= seconds(plain, "all_reduce", size, 8)
 

@@ -218,6 +218,28 @@ def test_every_device_has_finite_times(device: str) -> None:
             assert np.all(times > 0)
 
 
+@pytest.mark.parametrize("device", [n for n in catalog.names("hardware") if runs_models(n)])
+def test_one_sequence_is_not_bound_by_arithmetic(device: str) -> None:
+    """Two FLOP for each two-byte weight: wherever the datasheet gives ten FLOP a byte, memory is the slower.
+
+    Whatever 16-bit format the units multiply, and however few units there are to share tiles.
+    """
+    e = Estimator("llama-2-7b", device)
+    m = e.machine
+    if max(m.matrix.values(), default=m.vector) / m.bandwidth > 10:
+        busy = e.parts(1, 1, 100, is_decode=True).busy
+        assert busy["compute"] < busy["hbm"]
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "computed"),
+    [("tpu-v5e", "fp16", "bf16"), ("gaudi2", "fp16", "bf16"), ("v100-pcie", "bf16", "fp16"), ("h100-sxm", "bf16", "bf16")],
+)
+def test_sixteen_bits_are_multiplied_in_the_format_the_units_have(device: str, stored: str, computed: str) -> None:
+    model = catalog.load_model("llama-2-7b").model_copy(update={"dtype": stored})
+    assert choose_formats(model, machine(device)).act.matrix == computed
+
+
 def test_devices_without_a_path_between_them_are_refused() -> None:
     with pytest.raises(SpecError, match="no port"):
         Estimator("llama-3.1-8b", "m2-ultra", tp=2)
@@ -299,15 +321,17 @@ GPT_FAST = (
 
 @pytest.mark.parametrize(("model", "tp", "weight", "rate"), GPT_FAST, ids=lambda v: str(v))
 def test_single_stream_decode_as_measured(model: str, tp: int, weight: str | None, rate: float) -> None:
-    """Device time of a step within a third of the measured token time, never below the datasheet, and nearer than it.
+    """Device time of a step against the measured token time: never below the datasheet, and nearer than it.
 
-    The datasheet bound alone is what a plain roofline says: two to three times too fast on eight devices.
+    The datasheet bound alone is what a plain roofline says: two to three times too fast on eight devices. Tolerances: x1.35 in
+    bf16, x1.5 with weights expanded on the fly; x2.2 for the mixture, whose experts are gathered by plain PyTorch.
     """
     e = Estimator(model, "a100-sxm-80gb", tp=tp, weight_dtype=weight, act_dtype="bf16" if weight else None)
     found = roofline.cost(e.lower(graph.decode(1, 100)).schedule, e.machine)
     measured = 1 / rate
     assert float(found.lower) < measured
-    assert 1 / 1.5 < float(found.seconds) / measured < 1.5
+    tolerance = 2.2 if model.startswith("mixtral") else 1.5 if weight else 1.35
+    assert 1 / tolerance < float(found.seconds) / measured < tolerance
     assert abs(log(float(found.seconds) / measured)) < abs(log(float(found.lower) / measured))
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from importlib import import_module
-from io import TextIOWrapper
 from typing import Any, TextIO, TypeVar
 
 import click
@@ -56,10 +55,6 @@ class Program(Verbs):
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs |= {"prog_name": "perfmodel", "standalone_mode": False}
-        for stream in (sys.stdout, sys.stderr):
-            # A terminal that cannot show a sign gets a question mark, not a traceback.
-            if isinstance(stream, TextIOWrapper) and stream.errors == "strict":
-                stream.reconfigure(errors="replace")
         with _warnings_as_lines():
             try:
                 code = super().main(*args, **kwargs)

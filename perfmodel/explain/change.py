@@ -22,7 +22,7 @@ _SMALL = 1.01
 
 
 def _faster(m: Machine, *fields: str, by: float) -> Machine:
-    return replace(m, **{name: getattr(m, name) * by for name in fields})  # type: ignore[arg-type]
+    return replace(m, **{name: getattr(m, name) * by for name in fields})
 
 
 def _quicker_host(m: Machine, by: float) -> Machine:
@@ -43,7 +43,7 @@ _CHANGES: dict[str, Callable[[Machine, float], Machine]] = {
 
 
 def machine_effects(e: Estimator, batch: int, new: int, context: int, *, is_decode: bool) -> list[dict[str, Any]]:
-    """Per parameter: relative change of the step for a relative improvement of 1 %, and the step's time at twice as good.
+    """Per parameter: elasticity of the step's time to an improvement, and the step's seconds when it is twice as good.
 
     elasticity = ln(t'/t) / ln(1.01); parameters that do nothing are left out.
     """

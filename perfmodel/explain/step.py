@@ -56,7 +56,7 @@ def _add_formulas(rows: list[dict[str, Any]], counts: list[Expression], values: 
     for row in rows:
         row["formulas"] = []
     for count, value in zip(counts, evaluated, strict=True):
-        rows[count.index]["formulas"].append(
+        rows[count.position]["formulas"].append(
             {
                 "quantity": count.quantity,
                 "formula": vectorize.text(vectorize.unindexed(count.expr)),

@@ -66,7 +66,8 @@ def _values(values: dict[str, float]) -> str:
 
 def _group(g: dict[str, Any]) -> Iterator[str]:
     runs = f" x {g['times']:g}" if g["times"] != 1 else ""
-    yield f"{g['part']}{runs}".ljust(60) + f"{_time(g['seconds'])}, {g['share']:.1%} of the device time".rjust(WIDTH - 60)
+    time = f"{_time(g['seconds'])}, {g['share']:.1%} of the device time"
+    yield f"{g['part']}{runs}".ljust(60) + time.rjust(WIDTH - 60)
     yield "-" * WIDTH
     if g["symbols"]:
         yield from _wrap("with " + _values(g["symbols"]), "  ", "    ")
@@ -80,7 +81,7 @@ def _operator(op: dict[str, Any]) -> Iterator[str]:
     bound = f"  bound by {RESOURCES[op['bound_by']]}" if op["bound_by"] else ""
     if op["intensity"]:
         bound += f"; {op['intensity']:.3g} FLOP/B, ridge {op['ridge']:.3g} ({op['dtype']})"
-    yield head + bound
+    yield from [head + bound] if len(head + bound) <= WIDTH else [head, " " * 10 + bound]
     for f in op["formulas"]:
         yield from _formula(f)
     if op["busy"]:
@@ -122,7 +123,7 @@ def _totals(s: dict[str, Any]) -> Iterator[str]:
     ridges = ", ".join(
         f"{d} {r['datasheet']:.3g} ({r['achieved']:.3g} at achieved rates)" for d, r in s["ridge"]["dtypes"].items()
     )
-    yield f"  intensity   {t['intensity']:.3g} FLOP/B; ridge {ridges}; {t['launches']:.0f} kernels"
+    yield from _wrap(f"intensity   {t['intensity']:.3g} FLOP/B; ridge {ridges}; {t['launches']:.0f} kernels", "  ")
     busy = sorted(s["busy"].items(), key=lambda item: -item[1])
     yield from _wrap("busy        " + " | ".join(f"{RESOURCES[r]} {_time(x)}" for r, x in busy if x > 0), "  ")
 
@@ -131,8 +132,8 @@ def _binding(s: dict[str, Any]) -> Iterator[str]:
     b = s["binding"]
     yield "WHAT BINDS, AND WHAT WOULD CHANGE IT"
     yield (
-        f"  {RESOURCES[b['resource']]} is busy {_time(b['seconds'])}, {b['seconds'] / b['next_seconds']:.2f} times as long "
-        f"as the next, {RESOURCES[b['next']]} ({_time(b['next_seconds'])})"
+        f"  {RESOURCES[b['resource']]} is busy {_time(b['seconds'])}, {b['seconds'] / b['next_seconds']:.2f} times "
+        f"as long as the next, {RESOURCES[b['next']]} ({_time(b['next_seconds'])})"
     )
     yield from _ridge(s["ridge"])
     for x in s["machine_effects"]:
@@ -162,8 +163,8 @@ def _ridge(r: dict[str, Any]) -> Iterator[str]:
         else:
             one = "sequence" if name == "B" else "token"
             text = (
-                f"{label}: {state}; no {name} makes them equal: each further {one} adds {_time(x['more'][1])} of memory "
-                f"time and {_time(x['more'][0])} of matrix time"
+                f"{label}: {state}; no {name} makes them equal: each further {one} adds {_time(x['more'][1])} of "
+                f"memory time and {_time(x['more'][0])} of matrix time"
             )
         yield from _wrap(text, "  ")
 

@@ -100,11 +100,11 @@ def alternatives(
         options.append((f"only {node} with tp{tp}", lambda c, n=node, t=tp: (c.layout.node, c.layout.tp) == (n, t)))  # type: ignore[misc]
     used = {p.column.layout for p in chosen}
     options.append(("without any layout of this plan (runner-up)", lambda c: c.layout not in used))
-    return [_alternative(name, test, found, offers, rates, objective, best) for name, test in options]
+    return [_alternative(name, test, found, offers, chosen, rates, objective, best) for name, test in options]
 
 
-def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, offers: list[Offer], rates: list[float],
-                 objective: str, best: float) -> Alternative:  # fmt: skip
+def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, offers: list[Offer], chosen: list[Pool],
+                 rates: list[float], objective: str, best: float) -> Alternative:  # fmt: skip
     columns = found.select(test)
     unit = _UNIT[objective]
     if not columns:
@@ -115,7 +115,8 @@ def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, o
         return Alternative(name, None, columns, _why_short(test, found, columns, offers, rates))
     extra = solution.objective - best
     if extra <= max(1e-6, 1e-4 * abs(best)):
-        return Alternative(name, solution, columns, "costs the same: the chosen plan is one of these")
+        same = "this is the chosen plan" if all(test(p.column) for p in chosen) else "same, with more devices busy"
+        return Alternative(name, solution, columns, f"{solution.objective:,.2f} {unit}: {same}")
     rate = sum(rates)
     limits = sorted({c.limited_by for c in columns if round(solution.values.get(f"n_{columns.index(c)}", 0))})
     return Alternative(

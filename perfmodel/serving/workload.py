@@ -216,7 +216,9 @@ def buckets(workload: Workload, count: int) -> list[Bucket]:
     inputs, outputs, _ = workload.sample()
     order = np.argsort(inputs, kind="stable")
     work = np.cumsum(inputs[order])
-    edges = np.searchsorted(work, np.linspace(0, work[-1], count + 1)[1:-1])
+    cuts = np.searchsorted(work, np.linspace(0, work[-1], count + 1)[1:-1])
+    # A router cannot tell equal lengths apart, so a bucket ends after the last request of a length.
+    edges = np.searchsorted(inputs[order], inputs[order][np.minimum(cuts, order.size - 1)], side="right")
     result = []
     for part in np.split(order, np.unique(edges)):
         if part.size:

@@ -119,14 +119,6 @@ def test_stdout_that_is_closed_early() -> None:
     assert reader.wait(timeout=60) in (0, 1)
 
 
-def test_a_terminal_without_the_signs_of_a_name(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"architectures": ["Größe"]}', encoding="utf-8")
-    done = shell("models", "show", str(tmp_path), env={**os.environ, "PYTHONIOENCODING": "ascii:strict"})
-    assert done.returncode == 2
-    assert "unknown architecture 'Gr??e'" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
 def test_a_file_that_cannot_be_written(cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*arguments: object, **named: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "out/report.html")

@@ -1,0 +1,336 @@
+"""Figures of a report. Colours are CSS variables, which the page turns into those of the light or the dark scheme."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import plotly.graph_objects as go
+
+from perfmodel.machine import Machine
+from perfmodel.report import series
+from perfmodel.report.text import METRICS, letter, money, number, percent, plain, seconds
+from perfmodel.serving.workload import Bucket
+
+COLOURS = tuple(f"var(--c{i})" for i in range(1, 9))
+INK, MUTED, LIMIT, FAINT = "var(--ink)", "var(--muted)", "var(--bad)", "var(--rule)"
+_ROW = 62  # pixels of one horizontal bar with its label
+_PHASE_SYMBOLS = {"prefill": "circle", "decode": "diamond"}
+_ROLE_DASHES = {"colocated": "solid", "prefill": "dot", "decode": "dash"}
+_AXIS = {
+    "gridcolor": FAINT, "linecolor": MUTED, "tickcolor": MUTED, "zeroline": False, "showline": True, "ticks": "outside",
+    "title": {"standoff": 8}, "automargin": True,
+}  # fmt: skip
+
+TEMPLATE = go.layout.Template(
+    layout={
+        "font": {"family": "system-ui, -apple-system, 'Segoe UI', Roboto, sans-serif", "size": 13, "color": INK},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "colorway": COLOURS,
+        "xaxis": _AXIS,
+        "yaxis": _AXIS,
+        "margin": {"l": 8, "r": 12, "t": 16, "b": 8},
+        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top", "font": {"size": 12}},
+        "hoverlabel": {"bgcolor": "var(--panel)", "bordercolor": MUTED, "font": {"color": INK}, "align": "left", "namelength": -1},
+        "dragmode": False,
+        "bargap": 0.25,
+    }
+)  # fmt: skip
+
+
+def _figure(height: int, **layout: Any) -> go.Figure:
+    figure = go.Figure()
+    figure.update_layout(height=height, template="none", **layout)
+    return figure
+
+
+def _limit(figure: go.Figure, x: float, text: str) -> None:
+    """A vertical limit line with its name, on a logarithmic axis."""
+    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": LIMIT, "width": 2, "dash": "dash"})
+    figure.add_annotation(
+        x=math.log10(x), y=1, yref="paper", text=plain(text), showarrow=False, xanchor="right", yanchor="top", xshift=-5,
+        font={"color": LIMIT, "size": 12},
+    )  # fmt: skip
+
+
+_TICKS = {1e-3: "1 ms", 1e-2: "10 ms", 1e-1: "100 ms", 1.0: "1 s", 10.0: "10 s", 100.0: "100 s"}
+
+
+def _time_axis(title: str, low: float, high: float) -> dict[str, Any]:
+    """A logarithmic axis of seconds with ticks at 1, 2 and 5."""
+    values = [d * m for d in (1e-6, 1e-5, *_TICKS) for m in (1, 2, 5)]
+    inside = [v for v in values if low / 1.001 <= v <= high * 1.001]
+    return {
+        "type": "log", "title": {"text": title}, "range": [math.log10(low), math.log10(high)],
+        "tickvals": inside, "ticktext": [seconds(v) for v in inside],
+    }  # fmt: skip
+
+
+def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
+    """Operators that multiply matrices on the roofs of one device.
+
+    x: FLOPs over bytes of device memory; y: FLOPs over the operator's seconds; area: its share of the step.
+    """
+    points = [(s, row) for s in steps for row in s.rows if row["intensity"]]
+    dtypes = sorted({row["dtype"] for _, row in points}, key=m.peak)
+    ridges = {d: m.peak(d) / m.bandwidth for d in dtypes}
+    low = min([row["intensity"] for _, row in points] + [1.0]) / 2
+    high = max([row["intensity"] for _, row in points] + [3 * r for r in ridges.values()]) * 2
+    figure = _figure(
+        520,
+        xaxis={"type": "log", "title": {"text": "arithmetic intensity [FLOP per byte of device memory]"},
+               "range": [math.log10(low), math.log10(high)], "dtick": 1},
+        yaxis={"type": "log", "title": {"text": "achieved [TFLOP/s per device]"}, "dtick": 1},
+    )  # fmt: skip
+    for dtype in dtypes:
+        peak, bend = m.peak(dtype), ridges[dtype]
+        name = f"{dtype} roof: {number(peak / 1e12)} TFLOP/s, ridge at {number(bend)} FLOP/byte"
+        _roof(figure, low, high, m.bandwidth, peak, name, INK, "solid", 2)
+        figure.add_annotation(
+            x=math.log10(high), y=math.log10(peak / 1e12), text=f"{dtype} {number(peak / 1e12)} TFLOP/s", showarrow=False,
+            xanchor="right", yanchor="bottom",
+        )  # fmt: skip
+        reached = peak * float(m.matrix_efficiency)
+        fed = m.bandwidth * float(m.bandwidth_efficiency)
+        _roof(figure, low, high, fed, reached, f"{dtype}: what large kernels reach", MUTED, "dot", 1)
+    figure.add_annotation(
+        x=math.log10(low * 1.3), y=math.log10(low * 1.3 * m.bandwidth / 1e12), text=f"memory {number(m.bandwidth / 1e12)} TB/s",
+        showarrow=False, xanchor="left", yanchor="bottom", yshift=6, xshift=-2, textangle=0,
+    )  # fmt: skip
+    for s in steps:
+        rows = [row for row in s.rows if row["intensity"]]
+        figure.add_scatter(
+            x=[row["intensity"] for row in rows],
+            y=[row["achieved"] / 1e12 for row in rows],
+            mode="markers+text",
+            name=f"{letter(s.pool)} {s.phase}",
+            text=[plain(row["name"]) if row["share"] >= 0.12 else "" for row in rows],
+            textposition="middle right" if s.is_decode else "bottom center",
+            textfont={"size": 11},
+            marker={
+                "symbol": _PHASE_SYMBOLS[s.phase], "color": COLOURS[s.pool % len(COLOURS)], "opacity": 0.85,
+                "size": [8 + 34 * math.sqrt(row["share"]) for row in rows], "line": {"color": "var(--panel)", "width": 1},
+            },
+            hovertext=[_operator_hover(s, row) for row in rows],
+            hoverinfo="text",
+            cliponaxis=False,
+        )  # fmt: skip
+    return figure
+
+
+def _roof(figure: go.Figure, low: float, high: float, bandwidth: float, peak: float, name: str, colour: str, dash: str,
+          width: int) -> None:  # fmt: skip
+    bend = peak / bandwidth
+    figure.add_scatter(
+        x=[low, bend, high], y=[low * bandwidth / 1e12, peak / 1e12, peak / 1e12], mode="lines", name=name, showlegend=False,
+        line={"color": colour, "dash": dash, "width": width}, hovertext=[name] * 3, hoverinfo="text",
+    )  # fmt: skip
+
+
+def _operator_hover(s: series.Step, row: Mapping[str, Any]) -> str:
+    shape = ", ".join(f"{k}={number(float(v), 6)}" for k, v in row["shape"].items())
+    return "<br>".join((
+        f"<b>{plain(row['name'])}</b> ({plain(row['part'])}), {row['times']:,.0f} times in a {s.described}",
+        f"{number(row['intensity'])} FLOP/byte, {number(row['achieved'] / 1e12)} TFLOP/s in {row['dtype']}",
+        f"{seconds(row['seconds'])} each, {percent(row['share'], 1)} of the device's time",
+        f"waits for {series.RESOURCES[row['bound_by']]}; {shape}",
+    ))  # fmt: skip
+
+
+def _bar_labels(figure: go.Figure, labels: Sequence[str], *, shown: float = 0.27) -> None:
+    """Names above horizontal bars, which leaves the whole width to the bars."""
+    for i, label in enumerate(labels):
+        figure.add_annotation(
+            x=0, xref="paper", y=i - shown, text=plain(label), showarrow=False, xanchor="left", yanchor="bottom", align="left"
+        )
+    figure.update_yaxes(visible=False, range=[len(labels) - 0.6, -0.75], automargin=False)
+
+
+def stacked(labels: Sequence[str], totals: Sequence[str], parts: Sequence[Mapping[str, float]], names: Mapping[str, str],
+            colours: Mapping[str, str]) -> go.Figure:  # fmt: skip
+    """Shares of a step, one bar a step; hover has the seconds."""
+    figure = _figure(
+        90 + _ROW * len(labels), barmode="stack", bargap=0.5,
+        xaxis={"range": [0, 1], "tickformat": ".0%", "title": {"text": "share of the step"}},
+        legend={"y": -70 / (_ROW * len(labels)), "traceorder": "normal"},
+    )  # fmt: skip
+    sums = [sum(p.values()) for p in parts]
+    for key, name in names.items():
+        values = [p.get(key, 0.0) for p in parts]
+        if not any(v > 0 for v in values):
+            continue
+        shares = [v / t for v, t in zip(values, sums, strict=True)]
+        figure.add_bar(
+            y=list(range(len(labels))), x=shares, orientation="h", name=name, marker={"color": colours[key]},
+            text=[percent(s) if s >= 0.05 else "" for s in shares], textposition="inside", insidetextanchor="middle",
+            textangle=0, constraintext="none",
+            hovertext=[f"{plain(label)}<br><b>{name}</b>: {seconds(v)}, {percent(s, 1)}"
+                       for label, v, s in zip(labels, values, shares, strict=True)],
+            hoverinfo="text",
+        )  # fmt: skip
+    _bar_labels(figure, [f"{label}: {total}" for label, total in zip(labels, totals, strict=True)])
+    return figure
+
+
+GROUP_COLOURS = dict(zip(series.GROUPS, ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c8)", "var(--c6)", "var(--c5)",
+                                         "var(--c4)", "var(--c7)"), strict=True))  # fmt: skip
+RESOURCE_COLOURS = dict(zip(series.RESOURCES, ("var(--c3)", "var(--c1)", "var(--c5)", "var(--c4)", "var(--c6)", "var(--c2)",
+                                               "var(--c8)", "var(--c7)"), strict=True))  # fmt: skip
+
+
+def frontier(curves: Sequence[series.Curve], chosen: Sequence[tuple[int, str, str, float, float]], metric: str, name: str,
+             limit: float | None, nodes: Sequence[str], unit: str) -> go.Figure:  # fmt: skip
+    """Latency against what a dollar (or a device) serves, one curve a layout. chosen: (pool, role, label, latency, worth)."""
+    roles = ("colocated", "prefill" if metric == "ttft" else "decode")
+    kept = [c for c in curves if c.layout.role in roles]
+    every = [getattr(q, metric) for c in kept for q in c.points] + [x[3] for x in chosen] + ([limit] if limit else [])
+    low, high = min(every) / 1.15, max(every) * 1.1
+    figure = _figure(
+        500,
+        xaxis=_time_axis(f"{METRICS[metric]} {name}", low, high),
+        yaxis={"title": {"text": unit}, "rangemode": "tozero"},
+        hovermode="closest",
+    )
+    shown: set[tuple[str, str]] = set()
+    for c in kept:
+        key = (c.layout.node, c.layout.role)
+        colour = COLOURS[nodes.index(c.layout.node) % len(COLOURS)]
+        figure.add_scatter(
+            x=[getattr(q, metric) for q in c.points], y=[q.worth for q in c.points], mode="lines+markers",
+            name=plain(f"{c.layout.node} {c.layout.role}"), legendgroup=" ".join(key), showlegend=key not in shown,
+            line={"color": colour, "width": 1.4, "dash": _ROLE_DASHES[c.layout.role]}, marker={"size": 4, "color": colour},
+            opacity=0.75, hovertext=[_curve_hover(c, q, metric, name, unit) for q in c.points], hoverinfo="text",
+        )  # fmt: skip
+        shown.add(key)
+    for role in roles:
+        best = series.front([(getattr(q, metric), q.worth) for c in kept if c.layout.role == role for q in c.points])
+        if len(best) > 1:
+            figure.add_scatter(
+                x=[x for x, _ in best], y=[y for _, y in best], mode="lines", name=f"best {role}", hoverinfo="skip",
+                line={"color": INK, "width": 3, "dash": _ROLE_DASHES[role]}, opacity=0.45,
+            )  # fmt: skip
+    for pool, _role, label, x, y in chosen:
+        figure.add_scatter(
+            x=[x], y=[y], mode="markers+text", name=f"pool {letter(pool)}", showlegend=False, text=[letter(pool)],
+            textposition="middle center", textfont={"size": 12, "color": "var(--panel)"},
+            marker={"symbol": "circle", "size": 21, "color": INK, "line": {"color": "var(--panel)", "width": 1.5}},
+            hovertext=[f"<b>{plain(label)}</b><br>{METRICS[metric]} {name} {seconds(x)}<br>{number(y)} {unit}"], hoverinfo="text",
+        )  # fmt: skip
+    if limit:
+        _limit(figure, limit, f"limit {seconds(limit)}")
+    return figure
+
+
+def _curve_hover(c: series.Curve, q: series.Point, metric: str, name: str, unit: str) -> str:
+    lines = [
+        f"<b>{plain(c.layout.label)}</b>", f"{number(q.rate)} requests/s an instance, {number(q.worth)} {unit}",
+        f"{METRICS[metric]} {name} {seconds(getattr(q, metric))}",
+    ]  # fmt: skip
+    if c.layout.role != "prefill":
+        lines.append(f"decode batch {number(q.batch)}")
+    if c.layout.role != "decode":
+        lines.append(f"prefill {percent(q.utilisation)} of the time")
+    return "<br>".join(lines)
+
+
+MEMORY_PARTS = {
+    "weights": ("weights", "var(--c1)"), "cached": ("keys and values in use (mean + 2σ)", "var(--c2)"),
+    "activations": ("activations (peak)", "var(--c3)"), "other": ("runtime, graphs, buffers", "var(--c4)"),
+    "free": ("free for keys and values", "var(--free)"), "reserved": ("left to the system", "var(--c7)"),
+}  # fmt: skip
+
+
+def memory(labels: Sequence[str], parts: Sequence[Mapping[str, float]], capacities: Sequence[float]) -> go.Figure:
+    """Device memory by use, one bar a pool; the line is what a program can allocate."""
+    figure = _figure(
+        90 + _ROW * len(labels), barmode="stack", bargap=0.5,
+        xaxis={"title": {"text": "GB per device"}, "range": [0, max(capacities) / 1e9 * 1.04]},
+        legend={"y": -70 / (_ROW * len(labels)), "traceorder": "normal"},
+    )  # fmt: skip
+    for key, (name, colour) in MEMORY_PARTS.items():
+        values = [p[key] / 1e9 for p in parts]
+        figure.add_bar(
+            y=list(range(len(labels))), x=values, orientation="h", name=name, marker={"color": colour},
+            text=[number(v) if v >= 0.05 * max(capacities) / 1e9 else "" for v in values], textposition="inside",
+            insidetextanchor="middle", textangle=0, constraintext="none",
+            hovertext=[f"{plain(label)}<br><b>{name}</b>: {number(v)} GB" for label, v in zip(labels, values, strict=True)],
+            hoverinfo="text",
+        )  # fmt: skip
+    for i, capacity in enumerate(capacities):
+        figure.add_shape(type="line", x0=capacity / 1e9, x1=capacity / 1e9, y0=i - 0.3, y1=i + 0.3, line={"color": LIMIT, "width": 3})
+    _bar_labels(figure, [f"{label}: {number(c / 1e9)} GB" for label, c in zip(labels, capacities, strict=True)])
+    return figure
+
+
+def distribution(
+    metric: str, whole: tuple[Any, Any], parts: Sequence[tuple[int, Any, Any]], closed: tuple[list[float], list[float]],
+    limits: Mapping[str, float],
+) -> go.Figure:  # fmt: skip
+    """Cumulative distribution of simulated requests, of each pool and of all, beside the closed form."""
+    every = [float(v) for v in whole[0] if v > 0] + [t for t in closed[0] if t > 0] + list(limits.values())
+    figure = _figure(
+        440,
+        xaxis=_time_axis(f"{METRICS[metric]} of a request", min(every) / 1.1, max(every) * 1.15),
+        yaxis={"title": {"text": "share of requests at or below"}, "tickformat": ".0%", "range": [0, 1.02]},
+    )
+    if len(parts) > 1:
+        for pool, x, y in parts:
+            figure.add_scatter(x=x, y=y, mode="lines", name=f"pool {letter(pool)}, replayed", opacity=0.8,
+                               line={"color": COLOURS[pool % len(COLOURS)], "width": 1.5, "shape": "hv"},
+                               hovertemplate="%{x:.4g} s: %{y:.1%}")  # fmt: skip
+    figure.add_scatter(x=whole[0], y=whole[1], mode="lines", name="all requests, replayed", hovertemplate="%{x:.4g} s: %{y:.1%}",
+                       line={"color": INK, "width": 3, "shape": "hv"})  # fmt: skip
+    figure.add_scatter(x=closed[0], y=closed[1], mode="lines+markers", name="all requests, closed form",
+                       line={"color": "var(--c2)", "width": 2, "dash": "dash"}, marker={"size": 6, "symbol": "x-thin-open"},
+                       hovertemplate="%{x:.4g} s: %{y:.1%}")  # fmt: skip
+    for name, limit in limits.items():
+        share = float(name[1:]) / 100
+        _limit(figure, limit, f"{name} limit {seconds(limit)}")
+        figure.add_shape(type="line", x0=0, x1=1, xref="paper", y0=share, y1=share, line={"color": LIMIT, "width": 1, "dash": "dot"})
+    return figure
+
+
+def arrivals(starts: Any, rates: Any, mean: float) -> go.Figure:
+    """Requests per second over the window, and their mean."""
+    figure = _figure(300, xaxis={"title": {"text": "seconds from the start of the window"}},
+                     yaxis={"title": {"text": "requests/s"}, "rangemode": "tozero"}, bargap=0.05)  # fmt: skip
+    width = float(starts[1] - starts[0]) if len(starts) > 1 else 1.0
+    figure.add_bar(x=starts + width / 2, y=rates, name="arrivals", marker={"color": "var(--c1)"}, showlegend=False,
+                   hovertemplate="%{x:.0f} s: %{y:.3g} requests/s<extra></extra>")  # fmt: skip
+    figure.add_hline(y=mean, line={"color": INK, "dash": "dash"}, annotation_text=f"mean {number(mean)} requests/s",
+                     annotation_position="top left")  # fmt: skip
+    return figure
+
+
+def lengths(inputs: tuple[Any, Any], outputs: tuple[Any, Any], buckets: Sequence[Bucket]) -> go.Figure:
+    """Histograms of input and output tokens, with the edges of the input buckets."""
+    figure = _figure(
+        340, xaxis={"type": "log", "title": {"text": "tokens"}}, yaxis={"title": {"text": "share of requests"}, "tickformat": ".0%"}
+    )
+    for name, (edges, shares), colour, dash in (
+        ("input tokens", inputs, "var(--c1)", "solid"), ("output tokens", outputs, "var(--c2)", "dash"),
+    ):  # fmt: skip
+        figure.add_scatter(
+            x=list(edges), y=[*shares, 0.0], mode="lines", name=name, line={"shape": "hv", "color": colour, "width": 2, "dash": dash},
+            hovertemplate="from %{x:.0f} tokens: %{y:.1%}",
+        )  # fmt: skip
+    for b in buckets[1:]:
+        figure.add_shape(type="line", x0=b.low, x1=b.low, y0=0, y1=1, yref="paper", line={"color": MUTED, "width": 1, "dash": "dot"})
+    return figure
+
+
+def alternatives(names: Sequence[str], values: Sequence[float], best: float, unit: str) -> go.Figure:
+    """Objective of each alternative that carries the load, cheapest first; the first bar is the chosen plan."""
+    figure = _figure(60 + 46 * len(names), bargap=0.62, xaxis={"title": {"text": unit}, "range": [0, max(values) * 1.02]})
+    figure.add_bar(
+        y=list(range(len(names))), x=list(values), orientation="h", showlegend=False,
+        marker={"color": ["var(--c3)"] + ["var(--c1)" if v > best * (1 + 1e-4) else "var(--c5)" for v in values[1:]]},
+        hovertext=[f"{plain(n)}: {money(v)} {unit}" for n, v in zip(names, values, strict=True)], hoverinfo="text",
+    )  # fmt: skip
+    labels = [
+        f"{n}: {money(v)} {unit}" + (f" ({(v - best) / best:+.0%})" if v > best * (1 + 1e-4) else "") for n, v in zip(names, values, strict=True)
+    ]
+    _bar_labels(figure, labels, shown=0.2)
+    return figure
