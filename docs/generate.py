@@ -123,14 +123,14 @@ _SPARSE = _LATENT.model_copy(update={"indexer": Indexer(heads=64, head_dim=128, 
 _SECTIONS = [
     Section(
         "Attention with grouped queries",
-        "Decode is $Q = 1$. Queries, keys and values are cut over $t_p$; key-value heads are copied where $t_p$ exceeds "
-        "them.",
+        "Decode is $Q = 1$. Queries, keys and values are cut over $t_p$; key-value heads are copied where $t_p$ "
+        "exceeds them.",
         Block(mixer=_DENSE), "prefill", ("tp",),
     ),
     Section(
         "Sliding window",
-        "Only query-key pairs inside the window $W$ are computed, and only its union is read. The projections are those "
-        "above.",
+        "Only query-key pairs inside the window $W$ are computed, and only its union is read. The projections are "
+        "those above.",
         Block(mixer=_DENSE.model_copy(update={"window": 4096})), "prefill", ("tp",), ("attention",),
     ),
     Section(
@@ -168,8 +168,8 @@ _SECTIONS = [
     ),
     Section(
         "Mixture of experts over expert-parallel ranks",
-        "The busiest rank gets $\\sqrt{2 \\mu \\ln e_p}$ token-expert pairs more than the mean $\\mu$; $R$ is the expected "
-        "number of ranks a token visits.",
+        "The busiest rank gets $\\sqrt{2 \\mu \\ln e_p}$ token-expert pairs more than the mean $\\mu$; $R$ is the "
+        "expected number of ranks a token visits.",
         Block(ffn=_EXPERTS), "prefill", ("dp", "ep"),
     ),
     Section("Mamba-2, chunked", "Prefill in chunks of 256 tokens.", Block(mixer=_MAMBA2), "prefill", ("tp",)),
@@ -189,7 +189,9 @@ _SECTIONS = [
     ),
     Section("Gated delta rule, one token", "", Block(mixer=_DELTA), "decode", ("tp",), ("scan",)),
     Section(
-        "Lightning attention", "Prefill in chunks of 256 tokens.", Block(mixer=Lightning(heads=64, head_dim=128)), "prefill",
+        "Lightning attention",
+        "Prefill in chunks of 256 tokens.",
+        Block(mixer=Lightning(heads=64, head_dim=128)), "prefill",
     ),
 ]  # fmt: skip
 
@@ -251,8 +253,8 @@ def _linked(reference: str) -> str:
 
 _SCHEMA = """\
 One YAML file under `hardware/` is one device, node, link technology or price list. Unknown keys are errors. Quantities
-are text with a unit ([nomenclature.md](nomenclature.md)). Every `source` is a key of `sources`, or `unverified`. A worked
-example is in [add-a-device.md](add-a-device.md).
+are text with a unit ([nomenclature.md](nomenclature.md)). Every `source` is a key of `sources`, or `unverified`. A
+worked example is in [add-a-device.md](add-a-device.md).
 """
 
 

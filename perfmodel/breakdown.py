@@ -24,9 +24,7 @@ def op_table(e: Estimator, phase: graph.Phase) -> list[dict[str, Any]]:
     [FLOP/byte, None without matrix work]; ridge [FLOP/byte of its dtype]; achieved [FLOP/s]; bound_by (the resource
     busy longest); share of the pass's device seconds over all runs.
     """
-    rows = [
-        _row(op, float(times), part, e.machine) for op, times, part in operators(e.lower(phase).schedule)
-    ]
+    rows = [_row(op, float(times), part, e.machine) for op, times, part in operators(e.lower(phase).schedule)]
     total = sum(row["times"] * row["seconds"] for row in rows)
     for row in rows:
         row["share"] = row["times"] * row["seconds"] / total

@@ -34,7 +34,7 @@ _ROWS = 32_768  # rows evaluated at once: intermediate arrays stay in the proces
 
 
 class _Width:
-    """Enters expressions as its symbol, yet tells which of two formats is narrower: that decides what operators exist."""
+    """Enters expressions as its symbol, yet tells which of two formats is narrower: that decides which casts exist."""
 
     def __init__(self, name: str, size: float) -> None:
         self.name, self.size = name, size

@@ -62,7 +62,9 @@ def machine_effects(e: Estimator, batch: int, new: int, context: int, *, is_deco
     return sorted(found, key=lambda effect: effect["elasticity"])
 
 
-def symbol_effects(counts: list[Expression], values: dict[str, float], *, is_decode: bool) -> dict[str, dict[str, float]]:
+def symbol_effects(
+    counts: list[Expression], values: dict[str, float], *, is_decode: bool
+) -> dict[str, dict[str, float]]:
     """Elasticity of the step's FLOPs and bytes with respect to batch, tokens and widths, from the derivatives."""
     exprs = vectorize.totals(counts)
     names = ["B", "C", "w", "w_e", "kv", "a"] if is_decode else ["B", "Q", "C", "w", "w_e", "kv", "a"]

@@ -1,0 +1,163 @@
+"""One self-contained page of a run: recipe, template, style and script library in a single file."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import plotly.io
+import plotly.offline
+from markupsafe import Markup
+
+from perfmodel import __version__, catalog
+from perfmodel.errors import SpecError, did_you_mean
+from perfmodel.planner.run import PlanRun
+from perfmodel.report import sections  # registers the sections
+from perfmodel.report.blocks import SECTIONS, Block, Chart, Fold
+from perfmodel.report.figures import TEMPLATE
+from perfmodel.spec import yaml
+from perfmodel.spec.base import Spec
+
+__all__ = ["sections", "write"]
+
+_DIGITS = 6  # significant digits of plotted numbers
+
+
+class Entry(Spec):
+    """One section of a recipe: its registered name, its heading, what to take from it, its options."""
+
+    section: str
+    title: str
+    lead: str = ""
+    options: dict[str, Any] = {}
+
+
+class Recipe(Spec):
+    """What a report is. Template and style are files beside the recipe."""
+
+    title: str
+    template: str
+    style: str
+    sections: tuple[Entry, ...]
+
+
+def write(run: PlanRun, out: str | Path, recipe: str | Path | None = None) -> Path:
+    """Write report.html and plan.json into the folder `out` and return the page's path.
+
+    recipe: a recipe file, else the catalogue's `reports/plan.yaml`. Raises SpecError where the recipe is wrong or
+    the folder cannot be written.
+    """
+    source = Path(recipe) if recipe is not None else catalog.root("reports") / "plan.yaml"
+    page = render(run, source)
+    folder = Path(out)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "plan.json").write_text(json.dumps(_plain(run.data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        path = folder / "report.html"
+        path.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise SpecError(f"cannot write the report: {error.strerror or error}", file=str(error.filename or folder)) from None
+    return path
+
+
+def render(run: PlanRun, source: Path) -> str:
+    """The page as text."""
+    document = yaml.read(source)
+    recipe = yaml.validate(document, Recipe)
+    _check(recipe, document)
+    charts: dict[str, Any] = {}
+    before: list[dict[str, Any]] = []
+    after: list[dict[str, Any]] = []
+    panels = [
+        {"id": _slug(f"load-{p.workload.load:g}"), "load": p.workload.load, "rate": p.workload.rate, "sections": []}
+        for p in run.plans
+    ]
+    for entry in recipe.sections:
+        known = SECTIONS[entry.section]
+        if known.per == "run":
+            place = after if any(panel["sections"] for panel in panels) else before
+            _place(place, entry, known.make(run, **entry.options), "run", charts)
+            continue
+        for panel, p in zip(panels, run.plans, strict=True):
+            _place(panel["sections"], entry, known.make(run, p, **entry.options), panel["id"], charts)
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(source.parent), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
+    try:
+        template = environment.get_template(recipe.template)
+        style = (source.parent / recipe.style).read_text(encoding="utf-8")
+    except (OSError, jinja2.TemplateError) as error:
+        raise SpecError(f"cannot read the template or the style: {error}", file=str(source)) from None
+    return template.render(
+        title=recipe.title.format(model=run.spec.model), objective=run.spec.objective, version=__version__,
+        before=before, panels=panels, after=after, style=Markup(style), plotly=Markup(plotly.offline.get_plotlyjs()),
+        charts=_json(charts), look=_json(TEMPLATE.to_plotly_json()),
+    )  # fmt: skip
+
+
+def _check(recipe: Recipe, document: yaml.Document) -> None:
+    for i, entry in enumerate(recipe.sections):
+        if entry.section not in SECTIONS:
+            raise SpecError(
+                f"unknown section {entry.section!r}{did_you_mean(entry.section, SECTIONS)}; known: {', '.join(SECTIONS)}",
+                file=document.file, line=document.line(("sections", i, "section")),
+            )  # fmt: skip
+        known = SECTIONS[entry.section].options
+        for name in entry.options:
+            if name not in known:
+                raise SpecError(
+                    f"section {entry.section!r} has no option {name!r}{did_you_mean(name, known)}",
+                    file=document.file, line=document.line(("sections", i, "options", name)),
+                )  # fmt: skip
+
+
+def _place(place: list[dict[str, Any]], entry: Entry, blocks: list[Block], scope: str, charts: dict[str, Any]) -> None:
+    """Add a section that has something to show, and take its figures out."""
+    if not blocks:
+        return
+    name = f"{scope}-{_slug(entry.section)}"
+    shown = [_block(b, name, charts) for b in blocks]
+    place.append({"id": name, "title": entry.title, "lead": entry.lead, "blocks": shown})
+
+
+def _block(block: Block, name: str, charts: dict[str, Any]) -> Any:
+    if isinstance(block, Chart):
+        key = f"{name}-{len(charts) + 1}"
+        figure = block.figure.to_plotly_json()
+        figure["layout"].pop("template", None)
+        charts[key] = {"data": figure["data"], "layout": figure["layout"]}
+        return {"kind": "chart", "id": key, "title": block.title, "caption": block.caption, "alt": block.alt,
+                "height": figure["layout"]["height"]}  # fmt: skip
+    if isinstance(block, Fold):
+        return {"kind": "fold", "summary": block.summary, "blocks": [_block(b, name, charts) for b in block.blocks]}
+    return block
+
+
+def _slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def _json(value: Any) -> Markup:
+    """JSON that cannot end the script element it stands in."""
+    text = json.dumps(_plain(value, _DIGITS), separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def _plain(x: Any, digits: int | None = None) -> Any:
+    """Plain JSON data; infinity and not-a-number have no JSON spelling and become null."""
+    if isinstance(x, dict):
+        return {str(k): _plain(v, digits) for k, v in x.items()}
+    if isinstance(x, (list, tuple)):
+        return [_plain(v, digits) for v in x]
+    if hasattr(x, "tolist"):
+        return _plain(x.tolist(), digits)
+    if isinstance(x, float):
+        if not math.isfinite(x):
+            return None
+        return float(f"{x:.{digits}g}") if digits else x
+    return x
