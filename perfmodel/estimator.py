@@ -35,7 +35,7 @@ def choose_formats(
     expert = get_format(weight or model.expert_dtype or model.dtype)
     base = act if act is not None and get_format(act).width >= 2 else "bf16" if model.dtype != "fp16" else "fp16"
     wide = get_format(base)
-    # 16-bit formats stand in for each other (bf16 on Volta runs as fp16, fp16 on a TPU as bf16); FP32 was asked for and stays.
+    # 16-bit formats stand in for each other (bf16 on Volta, fp16 on a TPU); FP32 was asked for and stays.
     if wide.width == 2 and wide.matrix not in m.matrix and m.matrix:
         wide = get_format(next((name for name in ("bf16", "fp16") if name in m.matrix), "fp32"))
     narrowest = min((stored, expert), key=lambda f: f.width)
@@ -86,7 +86,7 @@ def check_reach(model: Model, par: Parallelism, m: Machine) -> None:
         raise SpecError(f"{linked} x {m.device.name} must exchange data, and it has no port to another device")
     if m.node is not None and linked > m.devices_per_node and not m.network:
         raise SpecError(
-            f"{linked} devices must exchange data, and {m.name} has {m.devices_per_node} and no network to a second node"
+            f"{linked} devices must exchange data, and {m.name} has {m.devices_per_node} and no network to another node"
         )
 
 
@@ -107,6 +107,7 @@ class Estimator:
         dp: int = 1,
         ep: int = 1,
         cp: int = 1,
+        sequence_parallel: bool = False,
         engine: str = "vllm",
         weight_dtype: str | None = None,
         act_dtype: str | None = None,
@@ -117,7 +118,7 @@ class Estimator:
         base = machine(hardware) if isinstance(hardware, str) else from_node(hardware)
         self.engine_name, self.engine = engine, calibration.engine(engine)
         self.machine = base.with_engine(self.engine)
-        self.par = Parallelism(tp, pp, dp, ep, cp)
+        self.par = Parallelism(tp, pp, dp, ep, cp, sequence_parallel)
         check_parallelism(self.model, self.par)
         check_reach(self.model, self.par, self.machine)
         self.formats = choose_formats(self.model, self.machine, weight_dtype, act_dtype, kv_dtype)
@@ -178,8 +179,16 @@ class Estimator:
         return self._finish(total, batch, new, is_decode, self.machine)
 
     def _phase(self, batch: Num, new: Num, context: Num, is_decode: bool) -> graph.Phase:
-        group = Group(batch / self._micro(batch), new, context, decode=is_decode)
-        return graph.Phase((group,))
+        n = batch / self._micro(batch)
+        if is_decode and self.par.dp > 1:
+            n = self._captured(np.ceil(n / self.par.dp)) * self.par.dp
+        return graph.Phase((Group(n, new, context, decode=is_decode),))
+
+    def _captured(self, per_rank: Num) -> Num:
+        """Sequences of a step that data-parallel ranks run together: the next captured graph (1, 2, 4, multiples of 8)."""
+        small = np.exp2(np.ceil(np.log2(np.maximum(per_rank, 1))))
+        captured = np.where(per_rank <= 4, small, np.ceil(per_rank / 8) * 8)
+        return np.where(per_rank <= self.engine.graph_batch, captured, per_rank)
 
     def _finish(self, total: roofline.Cost, batch: Num, new: Num, is_decode: bool, m: Machine) -> Any:
         """Pipeline fill and host time around the device time of one micro-batch."""

@@ -88,7 +88,14 @@ def _share(n: Num, ranks: Num) -> Num:
 def _all_reduce(name: str, s: Shard) -> list[Op]:
     if is_one(s.par.tp):
         return []
-    return [collective(name, "all_reduce", s.tokens * s.hidden, s.formats.act.width, s.par.tp)]
+    elements, width, ranks = s.tokens * s.hidden, s.formats.act.width, s.par.tp
+    if s.par.sequence:
+        # The same ring bytes: 2 (t - 1)/t = (t - 1)/t + (t - 1)/t.
+        return [
+            collective(f"{name}.scatter", "reduce_scatter", elements, width, ranks),
+            collective(f"{name}.gather", "all_gather", elements, width, ranks),
+        ]
+    return [collective(name, "all_reduce", elements, width, ranks)]
 
 
 def _embed(model: Model, s: Shard) -> Seq:
@@ -114,7 +121,7 @@ def _block(block: Block, s: Shard) -> list[Op]:
         if norms_left <= 0 or block.norm == "none":
             return []
         norms_left -= 1
-        return [elementwise.norm(name, s.tokens, s.hidden, width)]
+        return [elementwise.norm(name, s.tokens / s.par.tp if s.par.sequence else s.tokens, s.hidden, width)]
 
     ops += norm("input_norm")
     if block.mixer is not None:

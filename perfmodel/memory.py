@@ -12,7 +12,7 @@ from perfmodel.machine import Machine
 from perfmodel.ops.shard import Formats, Parallelism
 from perfmodel.spec.calibration import Engine
 from perfmodel.spec.formats import get_format
-from perfmodel.spec.model import Attention, Model
+from perfmodel.spec.model import Attention, LatentAttention, Model
 from perfmodel.symbols import Num
 
 _LOGIT_COPIES = 4  # FP32 buffers the sampler holds at once: logits, sorted logits, probabilities, cumulative sums
@@ -92,6 +92,9 @@ def activation_bytes(model: Model, par: Parallelism, formats: Formats, step_toke
             widest = max(widest, 3 * ffn.inter / par.tp)
         elif ffn is not None:
             widest = max(widest, 3 * ffn.inter * ffn.top_k / par.moe_tp)
+        if isinstance(mixer, LatentAttention):
+            # Expanded prefill rebuilds keys and values of every head.
+            widest = max(widest, mixer.heads * (2 * mixer.nope_dim + mixer.rope_dim + 2 * mixer.v_dim) / par.tp)
         if isinstance(mixer, Attention):
             widest = max(widest, (2 * mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim / par.tp)
     tokens = step_tokens / par.cp

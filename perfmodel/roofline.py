@@ -7,11 +7,13 @@ each at the rate that its shape can reach, plus a launch. NumPy only; every argu
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 
 from perfmodel.collectives import collective_seconds, fewest_bytes, in_node
 from perfmodel.machine import Machine
+from perfmodel.ops.moe import distinct_ranks
 from perfmodel.ops.traffic import Op
 from perfmodel.schedule import Node, Par, Repeat, Seq
 from perfmodel.symbols import Num
@@ -194,8 +196,8 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     """(compute seconds, share of the memory rate, vector seconds) of fused attention.
 
     The query rows that share a KV head fill tiles, the last one padded (below one tile, to the matrix instruction).
-    Work items are one per sequence, KV head and tile; groups shorter than a tile are also split along the context, to
-    fill the units. The time is that of the longest item (with a causal mask up to twice the mean) or of an even share
+    Work items are one per sequence, KV head and tile; groups shorter than a tile, and the cached context of any, are also
+    split along the context to fill the units. The time is that of the longest item (with a causal mask up to twice the mean) or of an even share
     of the work plus half an item for the last wave.
     """
     s, law = op.shape, m.law
@@ -206,8 +208,8 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     tiles = n * s["kv_heads"] * np.ceil(packed / tile)
     step = np.where(packed < tile, _SMALLEST_ROWS, tile)
     padding = np.ceil(packed / step) * step / packed
-    splits = np.maximum(np.minimum(kv_len / law["decode_chunk"], 2 * m.units / tiles), 1.0)
-    items = tiles * np.where(packed < tile, splits, 1.0)
+    divisible = np.where(packed < tile, kv_len, kv_len - q)
+    items = tiles * np.maximum(np.minimum(divisible / law["decode_chunk"], 2 * m.units / tiles), 1.0)
     uneven = np.clip(kv_len * n * q / s["pairs"], 1.0, 2.0)
     full = items / m.units
     tail = np.maximum(uneven / full, 1 + 0.5 * uneven / full * (full > 1))
@@ -228,10 +230,14 @@ def _item_starts(op: Op, m: Machine) -> Num:
 
 def _collective(op: Op, m: Machine) -> Cost:
     ranks = op.shape["ranks"]
-    kind = next(k for k in op.shape if k not in ("ranks", "stride"))
+    kind = next(k for k in op.shape if k not in ("ranks", "stride", "held"))
     message = op.shape[kind]
     sent = sum((t.bytes for t in op.traffic if t.path == "fabric"), start=0.0)
     local = in_node(ranks, op.shape["stride"], m)
+    if op.routing is not None and np.any(ranks > local):
+        # A token crosses the network once per distinct node and is forwarded inside (DeepEP; arXiv:2412.19437, 3.2).
+        nodes = np.vectorize(partial(distinct_ranks, op.routing), otypes=[float])(ranks / local)
+        sent = np.where(ranks > local, op.shape["held"] * nodes, sent)
     seconds = np.where(ranks > 1, collective_seconds(kind, message, sent, ranks, m, local), 0.0)
     resource, peak = ("network", m.network) if np.any(ranks > local) else ("link", m.link)
     return Cost(seconds, 1.0, {resource: seconds}, {resource: fewest_bytes(kind, message, sent, ranks, m, local) / peak})

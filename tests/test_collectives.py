@@ -91,7 +91,9 @@ def test_one_rank_costs_nothing(kind: Collective) -> None:
     message=st.floats(1e2, 1e9),
     factor=st.floats(1.01, 100),
 )
-def test_larger_messages_take_longer(node: str, kind: Collective, ranks: int, stride: int, message: float, factor: float) -> None:
+def test_larger_messages_take_longer(
+    node: str, kind: Collective, ranks: int, stride: int, message: float, factor: float
+) -> None:
     m = machine(node)
     if ranks * stride > m.devices_per_node and not m.network:
         return
@@ -157,7 +159,9 @@ def test_datasheet_rates_bound_every_algorithm(node: str, kind: Collective, rank
 
 
 @settings(max_examples=40)
-@given(node=st.sampled_from(NODES), kind=st.sampled_from(KINDS), ranks=st.sampled_from([2, 8, 16]), faster=st.floats(1, 10))
+@given(
+    node=st.sampled_from(NODES), kind=st.sampled_from(KINDS), ranks=st.sampled_from([2, 8, 16]), faster=st.floats(1, 10)
+)
 def test_faster_links_are_never_slower(node: str, kind: Collective, ranks: int, faster: float) -> None:
     m = machine(node)
     if ranks > m.devices_per_node and not m.network:

@@ -74,9 +74,7 @@ def test_one_device_exchanges_nothing() -> None:
 @pytest.mark.parametrize("name", ["llama-3.1-70b", "gpt-j-6b", "gemma-2-27b", "mistral-7b"])
 def test_tensor_parallel_ranks_share_the_matrix_work_of_one(name: str, phase: Phase) -> None:
     """Norms, residuals and sampling are repeated on every rank; matrix products are not (KV heads >= ranks here)."""
-    one, eight = (
-        sum(n * op.flops.get("bf16", 0.0) for op, n in ops_of(name, phase, tp=tp)) for tp in (1, 8)
-    )
+    one, eight = (sum(n * op.flops.get("bf16", 0.0) for op, n in ops_of(name, phase, tp=tp)) for tp in (1, 8))
     assert 8 * eight == pytest.approx(one, rel=1e-12)
 
 
@@ -109,6 +107,15 @@ def test_groups_that_leave_a_node_know_how_far_apart_their_ranks_are() -> None:
     assert stride["mixer_all_reduce"] == 1
     assert stride["dispatch"] == stride["combine"] == 4
     assert stride["stage_hop"] == 8
+
+
+def test_expert_and_context_parallel_ranks_are_apart() -> None:
+    """Two expert ranks of eight devices are four apart; context-parallel ranks of tp = 4 are four apart."""
+    experts = {op.name: op for op, _ in ops_of("mixtral-8x7b", graph.decode(16, 10), dp=8, ep=2)}
+    assert experts["dispatch"].shape["stride"] == experts["combine"].shape["stride"] == 4
+    for phase, exchange in ((graph.decode(16, 10), "cp_gather"), (graph.prefill(1, 100), "ring_kv")):
+        context = {op.name: op for op, _ in ops_of("llama-3.1-8b", phase, tp=4, cp=2)}
+        assert context[exchange].shape["stride"] == 4
 
 
 # --- phases ----------------------------------------------------------------------------------------------------------
@@ -223,7 +230,10 @@ def test_ranks_together_store_each_matrix_as_often_as_it_is_replicated(name: str
         ours = sum(
             elements
             for key, elements in stored.items()
-            if key in parts and parts[key].matrix and parts[key].name not in whole and (parts[key].part == "experts") == experts
+            if key in parts
+            and parts[key].matrix
+            and parts[key].name not in whole
+            and (parts[key].part == "experts") == experts
         )
         assert par.devices * ours == pytest.approx(copies * matrices(model, experts=experts))
 

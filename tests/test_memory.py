@@ -48,7 +48,9 @@ def test_cached_bytes_of_a_token_by_hand(name: str, expected: int) -> None:
 
 def test_hand_numbers_as_published() -> None:
     """128 KiB, 320 KiB and 68.6 KiB a token; DeepSeek-V3's is 70.272 KB (arXiv:2505.09343, table 1)."""
-    found = [memory.kv_bytes_per_token(catalog.load_model(n), BF16) for n in ("llama-3.1-8b", "llama-3.1-70b", "deepseek-v3")]
+    found = [
+        memory.kv_bytes_per_token(catalog.load_model(n), BF16) for n in ("llama-3.1-8b", "llama-3.1-70b", "deepseek-v3")
+    ]
     assert found == [131_072, 327_680, 70_272]
 
 
@@ -156,6 +158,11 @@ def test_longest_context_is_the_last_that_fits(name: str, free: float, sequences
         return
     assert longest == 0 or used(longest) <= free * (1 + 1e-12)
     assert used(longest + 1) > free * (1 - 1e-12)
+
+
+def test_longest_context_inside_a_window() -> None:
+    """Mistral-7B, 31 sequences: 131,072 bytes a token up to the window of 4096, so 443 tokens need one byte more than this."""
+    assert memory.longest_context(catalog.load_model("mistral-7b"), ONE, BF16, 31 * 443 * 131_072 - 1, 31) == 442
 
 
 def test_a_state_space_model_has_no_longest_context() -> None:

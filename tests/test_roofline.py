@@ -21,7 +21,17 @@ from perfmodel.schedule import Par, Repeat, Seq
 from perfmodel.spec.formats import get_format
 
 BF16 = Formats(*[get_format("bf16")] * 4)
-DEVICES = ("h100-sxm", "a100-sxm-80gb", "l40s", "rtx-4090", "mi300x", "v100-pcie", "tpu-v5e", "xeon-8480-plus", "m2-ultra")
+DEVICES = (
+    "h100-sxm",
+    "a100-sxm-80gb",
+    "l40s",
+    "rtx-4090",
+    "mi300x",
+    "v100-pcie",
+    "tpu-v5e",
+    "xeon-8480-plus",
+    "m2-ultra",
+)
 MODELS = ("llama-3.1-8b", "deepseek-v3", "qwen3-30b-a3b", "gemma-2-2b", "mamba2-2.7b", "qwen3-next-80b-a3b")
 
 
@@ -175,7 +185,9 @@ def test_more_attention_takes_no_less_time(device: str, context: tuple[int, int,
 @given(
     device=st.sampled_from(DEVICES),
     name=st.sampled_from(MODELS),
-    field=st.sampled_from(["bandwidth", "link", "matrix", "vector", "exp", "cache", "bandwidth_efficiency", "matrix_efficiency"]),
+    field=st.sampled_from(
+        ["bandwidth", "link", "matrix", "vector", "exp", "cache", "bandwidth_efficiency", "matrix_efficiency"]
+    ),
     factor=st.floats(1, 4),
     is_decode=st.booleans(),
 )
@@ -196,7 +208,11 @@ def test_arrays_give_what_scalars_give(device: str) -> None:
     m = machine(device)
     rng = np.random.default_rng(5)
     rows, cols, depth = (rng.integers(1, 9000, 40).astype(float) for _ in range(3))
-    n, q, c = rng.integers(1, 200, 40).astype(float), rng.integers(1, 900, 40).astype(float), rng.integers(0, 9000, 40).astype(float)
+    n, q, c = (
+        rng.integers(1, 200, 40).astype(float),
+        rng.integers(1, 900, 40).astype(float),
+        rng.integers(0, 9000, 40).astype(float),
+    )
     together = op_cost(product(rows, cols, depth), m).seconds, op_cost(core(n, q, c), m).seconds
     apart = (
         [op_cost(product(*shape), m).seconds for shape in zip(rows, cols, depth, strict=True)],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -165,4 +166,5 @@ def _exchange(name: str, m: Moe, s: Shard, width: Num) -> Op:
     # Each tensor-parallel rank sends its share of the tokens it holds copies of.
     sent = s.tokens * s.hidden * away / par.tp
     message = s.tokens * s.hidden * visited / par.tp
-    return collective(name, "all_to_all", message, width, par.ep, sent=sent, stride=par.moe_tp)
+    op = collective(name, "all_to_all", message, width, par.ep, sent=sent, stride=par.moe_tp)
+    return replace(op, shape={**op.shape, "held": s.tokens * s.hidden * width / par.tp}, routing=m)

@@ -17,6 +17,8 @@ class Parallelism:
     dp: Num = 1
     ep: Num = 1
     cp: Num = 1
+    sequence: bool = False
+    """Sequence parallelism (arXiv:2205.05198): norms are cut over tp, all-reduces become reduce-scatter and all-gather."""
 
     @property
     def devices(self) -> Num:

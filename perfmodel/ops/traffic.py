@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from perfmodel.symbols import Num
 
@@ -58,6 +58,8 @@ class Op:
     shape: Mapping[str, Num] = field(default_factory=dict)
     launches: Num = 1
     reference: str = ""
+    routing: Any = None
+    """The mixture of experts (spec.model.Moe) whose routing decides how many nodes an all-to-all reaches."""
     contextual: bool = False
     """Depends on the cached context, not only on the new tokens."""
 

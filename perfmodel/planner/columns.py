@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perfmodel import memory
+from perfmodel.catalog import load_model
 from perfmodel.cost import demand_shares, device_power
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
@@ -21,6 +22,7 @@ from perfmodel.planner.offer import Offer
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, State
 from perfmodel.serving.workload import Bucket, Workload
+from perfmodel.spec.model import Model, Moe
 from perfmodel.spec.plan import Choices, Objectives
 
 _HALVINGS = 9
@@ -35,6 +37,7 @@ class Layout:
     tp: int
     pp: int
     weight_dtype: str
+    ep: int = 1
 
     @property
     def devices(self) -> int:
@@ -42,8 +45,8 @@ class Layout:
 
     @property
     def label(self) -> str:
-        pipeline = f" pp{self.pp}" if self.pp > 1 else ""
-        return f"{self.node} {self.role} tp{self.tp}{pipeline} {self.weight_dtype}"
+        more = "".join(f" {name}{n}" for name, n in (("pp", self.pp), ("ep", self.ep)) if n > 1)
+        return f"{self.node} {self.role} tp{self.tp}{more} {self.weight_dtype}"
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class Enumerator:
         self.rejected: list[Rejected] = []
         self.layouts: list[Layout] = []
         for offer in offers:
-            for layout in layouts(offer, choices):
+            for layout in layouts(load_model(model), offer, choices):
                 self.layouts.append(layout)
                 self._add(layout, offer)
 
@@ -164,20 +167,21 @@ class Enumerator:
         return _prune([c for c in self.columns.values() if test(c)], len(self.buckets))
 
 
-def layouts(offer: Offer, choices: Choices) -> list[Layout]:
-    """Roles x formats x tensor- and pipeline-parallel degrees that a node can hold."""
+def layouts(model: Model, offer: Offer, choices: Choices) -> list[Layout]:
+    """Roles x formats x tensor-, pipeline- and expert-parallel degrees. tp stays inside a node unless it may cross."""
     count = offer.machine.devices_per_node
-    degrees = choices.tp or tuple(2**i for i in range(int(math.log2(count)) + 1))
-    formats = choices.weight_dtype or ("checkpoint",)
+    widest = count * (2 if choices.tp_across_nodes else 1)
+    degrees = choices.tp or tuple(2**i for i in range(int(math.log2(widest)) + 1))
+    experts = any(isinstance(b.ffn, Moe) for b in model.blocks.values())
     return [
-        Layout(offer.node.name, role, tp, pp, dtype)
+        Layout(offer.node.name, role, tp, pp, dtype, ep)
         for role in choices.roles
-        for dtype in formats
+        for dtype in choices.weight_dtype or ("checkpoint",)
         for tp in degrees
         for pp in choices.pp
-        if (tp <= count or choices.tp_across_nodes) and tp * pp <= max(count, 1)
-        and (role == "colocated" or offer.machine.network > 0)
-    ]  # fmt: skip
+        for ep in choices.ep or sorted({1, tp} if experts else {1})
+        if tp <= widest and (role == "colocated" or offer.machine.network > 0)
+    ]
 
 
 def _build(
@@ -186,7 +190,7 @@ def _build(
     """Estimator and clock of a layout, or why it cannot hold the model."""
     try:
         e = Estimator(
-            model, offer.node, tp=layout.tp, pp=layout.pp, engine=choices.engine, kv_dtype=choices.kv_dtype,
+            model, offer.node, tp=layout.tp, pp=layout.pp, ep=layout.ep, engine=choices.engine, kv_dtype=choices.kv_dtype,
             weight_dtype=None if layout.weight_dtype == "checkpoint" else layout.weight_dtype,
             mem_fraction=choices.mem_fraction,
         )  # fmt: skip

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from perfmodel.planner.columns import Column
 from perfmodel.planner.explain import Alternative
 from perfmodel.planner.verify import Pool, promised, replayed_percentile
 from perfmodel.spec.plan import PlanFile
@@ -47,6 +48,10 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
         ],
         "pools": [_pool(x) for x in p.pools],
         "percentiles": checks,
+        "promised": {
+            metric: {c["percentile"]: c["promised_s"] for c in checks if c["metric"] == metric} for metric in objectives
+        },
+        "warnings": p.warnings,
         "workload": {
             "described": p.workload.described, "rate_per_s": p.workload.rate, "load": p.workload.load,
             "dispersion": p.workload.dispersion,
@@ -92,14 +97,20 @@ def _pool(x: Pool) -> dict[str, Any]:
     c, s = x.column, x.state
     return {
         "role": c.layout.role, "hardware": c.layout.node, "device": c.offer.machine.device.name,
-        "tp": c.layout.tp, "pp": c.layout.pp, "ep": 1, "dp": 1, "replicas": x.replicas, "devices": x.devices,
-        "weight_dtype": c.estimator.formats.weight.name, "kv_dtype": c.estimator.formats.kv.name,
+        "tp": c.layout.tp, "pp": c.layout.pp, "ep": c.layout.ep, "dp": 1, "replicas": x.replicas, "devices": x.devices,
+        "weight_dtype": _formats(c), "kv_dtype": c.estimator.formats.kv.name,
         "batch": s.batch, "step_s": s.step, "prefill_utilisation": s.utilisation, "kv_share": s.kv_share,
         "requests_per_s": x.rate, "requests_per_s_per_replica": x.rate / x.replicas,
         "highest_rate_per_replica": c.state.rate, "limited_by": c.limited_by,
         "input_tokens": [float(x.mix.input[x.mix.weight > 0].min()), float(x.mix.input[x.mix.weight > 0].max())],
         "provenance": c.estimator.machine.provenance,
     }  # fmt: skip
+
+
+def _formats(c: Column) -> str:
+    weight, expert = c.estimator.formats.weight.name, c.estimator.formats.expert.name
+    mixed = expert != weight and c.estimator.model.expert_dtype is not None
+    return f"{weight}, experts {expert}" if mixed else weight
 
 
 def _other(a: Alternative) -> dict[str, Any]:
@@ -131,7 +142,7 @@ def _page(spec: PlanFile, p: Plan) -> str:
         span = f"{x['input_tokens'][0]:.0f}-{x['input_tokens'][1]:.0f} input tokens"
         lines.append(
             f"  Run    {x['replicas']} x {x['role']} {d['model']} ({x['weight_dtype']}) tp{x['tp']}"
-            + (f" pp{x['pp']}" if x["pp"] > 1 else "") + f" on {x['hardware']}: {x['requests_per_s']:.2f} requests/s of {span};"
+            + "".join(f" {k}{x[k]}" for k in ("pp", "ep") if x[k] > 1) + f" on {x['hardware']}: {x['requests_per_s']:.2f} requests/s of {span};"
             f" decode batch {x['batch']:.1f}, prefill {x['prefill_utilisation']:.0%} of the time"
         )  # fmt: skip
     cost = f"{d['cost_usd_per_hour']:,.2f} USD/h" if d["cost_usd_per_hour"] is not None else "no price known"

@@ -48,6 +48,7 @@ class Plan:
     binding: list[dict[str, Any]]
     alternatives: list[Alternative]
     seconds: float
+    warnings: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
 
 
@@ -124,12 +125,11 @@ def _plan_one(spec: PlanFile, base: Path, load: float, fleet: list[Offer], cache
         workload, groups, found, columns, fleet, solution, chosen, used_nodes, results, rounds, rows, others,
         time.perf_counter() - start,
     )  # fmt: skip
+    restricted = {p.column.offer.node.name for p in chosen if not p.column.offer.machine.device.datacenter_licence}
+    result.warnings = [f"{name}: the GeForce driver licence excludes datacentre use" for name in sorted(restricted)]
+    for text in result.warnings:
+        warnings.warn(text, LicenceWarning, 2)
     result.data = describe.data(spec, result)
-    for pool in chosen:
-        if not pool.column.offer.machine.device.datacenter_licence:
-            warnings.warn(
-                f"{pool.column.offer.node.name}: the GeForce driver licence excludes datacentre use", LicenceWarning, 2
-            )
     return result
 
 

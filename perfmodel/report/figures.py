@@ -34,6 +34,7 @@ TEMPLATE = go.layout.Template(
         "margin": {"l": 8, "r": 12, "t": 16, "b": 8},
         "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top", "font": {"size": 12}},
         "hoverlabel": {"bgcolor": "var(--panel)", "bordercolor": MUTED, "font": {"color": INK}, "align": "left", "namelength": -1},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": MUTED, "activecolor": INK},
         "dragmode": False,
         "bargap": 0.25,
     }
@@ -46,12 +47,12 @@ def _figure(height: int, **layout: Any) -> go.Figure:
     return figure
 
 
-def _limit(figure: go.Figure, x: float, text: str) -> None:
-    """A vertical limit line with its name, on a logarithmic axis."""
+def _limit(figure: go.Figure, x: float, text: str, *, low: bool = False) -> None:
+    """A vertical limit line with its name at the top or the bottom, on a logarithmic axis."""
     figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": LIMIT, "width": 2, "dash": "dash"})
     figure.add_annotation(
-        x=math.log10(x), y=1, yref="paper", text=plain(text), showarrow=False, xanchor="right", yanchor="top", xshift=-5,
-        font={"color": LIMIT, "size": 12},
+        x=math.log10(x), y=0 if low else 1, yref="paper", text=plain(text), showarrow=False, xanchor="right",
+        yanchor="bottom" if low else "top", xshift=-5, font={"color": LIMIT, "size": 12},
     )  # fmt: skip
 
 
@@ -77,7 +78,7 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
     dtypes = sorted({row["dtype"] for _, row in points}, key=m.peak)
     ridges = {d: m.peak(d) / m.bandwidth for d in dtypes}
     low = min([row["intensity"] for _, row in points] + [1.0]) / 2
-    high = max([row["intensity"] for _, row in points] + [3 * r for r in ridges.values()]) * 2
+    high = max([row["intensity"] for _, row in points] + [3 * r for r in ridges.values()]) * 4
     figure = _figure(
         520,
         xaxis={"type": "log", "title": {"text": "arithmetic intensity [FLOP per byte of device memory]"},
@@ -95,29 +96,46 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
         reached = peak * float(m.matrix_efficiency)
         fed = m.bandwidth * float(m.bandwidth_efficiency)
         _roof(figure, low, high, fed, reached, f"{dtype}: what large kernels reach", MUTED, "dot", 1)
+    middle = math.sqrt(low * min(ridges.values(), default=high))
     figure.add_annotation(
-        x=math.log10(low * 1.3), y=math.log10(low * 1.3 * m.bandwidth / 1e12), text=f"memory {number(m.bandwidth / 1e12)} TB/s",
-        showarrow=False, xanchor="left", yanchor="bottom", yshift=6, xshift=-2, textangle=0,
+        x=math.log10(middle), y=math.log10(middle * m.bandwidth / 1e12), text=f"memory {number(m.bandwidth / 1e12)} TB/s",
+        showarrow=False, xanchor="right", yanchor="bottom", xshift=-8,
     )  # fmt: skip
     for s in steps:
         rows = [row for row in s.rows if row["intensity"]]
         figure.add_scatter(
             x=[row["intensity"] for row in rows],
             y=[row["achieved"] / 1e12 for row in rows],
-            mode="markers+text",
+            mode="markers",
             name=f"{letter(s.pool)} {s.phase}",
-            text=[plain(row["name"]) if row["share"] >= 0.12 else "" for row in rows],
-            textposition="middle right" if s.is_decode else "bottom center",
-            textfont={"size": 11},
             marker={
-                "symbol": _PHASE_SYMBOLS[s.phase], "color": COLOURS[s.pool % len(COLOURS)], "opacity": 0.85,
+                "symbol": _PHASE_SYMBOLS[s.phase], "color": COLOURS[s.pool % len(COLOURS)], "opacity": 0.85, "sizemode": "diameter",
                 "size": [8 + 34 * math.sqrt(row["share"]) for row in rows], "line": {"color": "var(--panel)", "width": 1},
             },
             hovertext=[_operator_hover(s, row) for row in rows],
             hoverinfo="text",
             cliponaxis=False,
         )  # fmt: skip
+    for phase, names, x, y in _clusters(points):
+        figure.add_annotation(
+            x=math.log10(x), y=math.log10(y / 1e12), text=f"{phase}: {plain(', '.join(names))}", ax=20, ay=46 if phase == "decode" else 88,
+            font={"size": 12}, arrowhead=0, arrowwidth=1, arrowcolor=MUTED,
+        )  # fmt: skip
     return figure
+
+
+def _clusters(points: Sequence[tuple[series.Step, dict[str, Any]]]) -> list[tuple[str, list[str], float, float]]:
+    """(phase, names, intensity, FLOP/s) of the operators that take a tenth of a step; neighbours share a label."""
+    found: list[tuple[str, list[str], float, float]] = []
+    for s, row in sorted(points, key=lambda q: -q[1]["share"]):
+        if row["share"] < 0.1:
+            continue
+        near = [c for c in found if c[0] == s.phase and math.hypot(math.log10(row["intensity"] / c[2]), math.log10(row["achieved"] / c[3])) < 0.7]
+        if not near:
+            found.append((s.phase, [row["name"]], row["intensity"], row["achieved"]))
+        elif row["name"] not in near[0][1]:
+            near[0][1].append(row["name"])
+    return found
 
 
 def _roof(figure: go.Figure, low: float, high: float, bandwidth: float, peak: float, name: str, colour: str, dash: str,
@@ -187,10 +205,11 @@ def frontier(curves: Sequence[series.Curve], chosen: Sequence[tuple[int, str, st
     kept = [c for c in curves if c.layout.role in roles]
     every = [getattr(q, metric) for c in kept for q in c.points] + [x[3] for x in chosen] + ([limit] if limit else [])
     low, high = min(every) / 1.15, max(every) * 1.1
+    top = max([q.worth for c in kept for q in c.points] + [x[4] for x in chosen])
     figure = _figure(
         500,
         xaxis=_time_axis(f"{METRICS[metric]} {name}", low, high),
-        yaxis={"title": {"text": unit}, "rangemode": "tozero"},
+        yaxis={"type": "log", "title": {"text": unit}, "range": [math.log10(top / 300), math.log10(top * 1.4)]},
         hovermode="closest",
     )
     shown: set[tuple[str, str]] = set()
@@ -287,28 +306,29 @@ def distribution(
                        hovertemplate="%{x:.4g} s: %{y:.1%}")  # fmt: skip
     for name, limit in limits.items():
         share = float(name[1:]) / 100
-        _limit(figure, limit, f"{name} limit {seconds(limit)}")
+        _limit(figure, limit, f"{name} limit {seconds(limit)}", low=True)
         figure.add_shape(type="line", x0=0, x1=1, xref="paper", y0=share, y1=share, line={"color": LIMIT, "width": 1, "dash": "dot"})
     return figure
 
 
 def arrivals(starts: Any, rates: Any, mean: float) -> go.Figure:
     """Requests per second over the window, and their mean."""
-    figure = _figure(300, xaxis={"title": {"text": "seconds from the start of the window"}},
-                     yaxis={"title": {"text": "requests/s"}, "rangemode": "tozero"}, bargap=0.05)  # fmt: skip
+    figure = _figure(320, xaxis={"title": {"text": "seconds from the start of the window"}},
+                     yaxis={"title": {"text": "requests/s"}, "rangemode": "tozero"}, bargap=0.05, legend={"y": -0.28})  # fmt: skip
     width = float(starts[1] - starts[0]) if len(starts) > 1 else 1.0
-    figure.add_bar(x=starts + width / 2, y=rates, name="arrivals", marker={"color": "var(--c1)"}, showlegend=False,
+    figure.add_bar(x=starts + width / 2, y=rates, name="arrivals", marker={"color": "var(--c5)"},
                    hovertemplate="%{x:.0f} s: %{y:.3g} requests/s<extra></extra>")  # fmt: skip
-    figure.add_hline(y=mean, line={"color": INK, "dash": "dash"}, annotation_text=f"mean {number(mean)} requests/s",
-                     annotation_position="top left")  # fmt: skip
+    figure.add_scatter(x=[starts[0], starts[-1] + width], y=[mean, mean], mode="lines", line={"color": INK, "dash": "dash"},
+                       name=f"mean {number(mean)} requests/s", hoverinfo="skip")  # fmt: skip
     return figure
 
 
 def lengths(inputs: tuple[Any, Any], outputs: tuple[Any, Any], buckets: Sequence[Bucket]) -> go.Figure:
     """Histograms of input and output tokens, with the edges of the input buckets."""
     figure = _figure(
-        340, xaxis={"type": "log", "title": {"text": "tokens"}}, yaxis={"title": {"text": "share of requests"}, "tickformat": ".0%"}
-    )
+        340, xaxis={"type": "log", "title": {"text": "tokens"}, "dtick": 1}, legend={"y": -0.26},
+        yaxis={"title": {"text": "share of requests"}, "tickformat": ".0%", "rangemode": "tozero"},
+    )  # fmt: skip
     for name, (edges, shares), colour, dash in (
         ("input tokens", inputs, "var(--c1)", "solid"), ("output tokens", outputs, "var(--c2)", "dash"),
     ):  # fmt: skip

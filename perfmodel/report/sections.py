@@ -65,7 +65,9 @@ def plan(run: PlanRun, p: Plan) -> list[Block]:
     for offer, count in zip(p.offers, p.nodes, strict=True):
         if count and not offer.machine.device.datacenter_licence:
             beware.append(f"{offer.node.name}: the GeForce driver licence excludes datacentre use.")
-    found: list[Block] = [tables.pools(p.data), tables.nodes(p, date.today())]
+    found: list[Block] = [
+        tables.pools(p.data), tables.operating_points(p, run.spec.workload.objectives), tables.nodes(p, date.today()),
+    ]  # fmt: skip
     return found + ([Items("Beware", tuple(beware), "warn")] if beware else [])
 
 
@@ -125,7 +127,6 @@ def frontier(run: PlanRun, p: Plan, *, metrics: tuple[str, ...] = ("tpot", "ttft
     goals, objective = run.spec.workload.objectives, run.spec.objective
     curves = series.curves(p, goals, objective)
     unit = "requests per USD" if objective == "cost" else "requests/s per device"
-    scale = 1.0
     names = [o.node.name for o in p.offers]
     labels = pool_names(p.pools)
     found: list[Block] = []
@@ -142,7 +143,7 @@ def frontier(run: PlanRun, p: Plan, *, metrics: tuple[str, ...] = ("tpot", "ttft
                 instance.ttft_quantile(share, x.state, x.mix, p.workload.dispersion / x.replicas) if metric == "ttft"
                 else instance.tpot_quantile(share, x.state, x.mix)
             )  # fmt: skip
-            value = series.worth(x.rate / x.replicas, x.column.layout, x.column.offer, objective) * scale
+            value = series.worth(x.rate / x.replicas, x.column.layout, x.column.offer, objective)
             chosen.append((i, x.column.layout.role, labels[i], at, value))
         other = "prefill" if metric == "ttft" else "decode"
         told = "; ".join(f"{label}: {seconds(at)} at {number(value)} {unit}" for _, _, label, at, value in chosen)

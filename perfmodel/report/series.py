@@ -280,7 +280,7 @@ def cumulative(parts: list[tuple[np.ndarray, float]], most: int = 300) -> tuple[
 
 def closed_form(p: Plan, metric: str) -> tuple[list[float], list[float]]:
     """(seconds, share) of the closed form over all requests."""
-    shares = [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995]
+    shares = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995]
     times = [promised(p.pools, metric, share, p.workload.dispersion) for share in shares]
     kept = [(t, s) for t, s in zip(times, shares, strict=True) if math.isfinite(t)]
     return [t for t, _ in kept], [s for _, s in kept]

@@ -9,10 +9,12 @@ from datetime import date
 from typing import Any
 
 from perfmodel import prices
+from perfmodel.planner.columns import percentile
 from perfmodel.planner.run import Plan
 from perfmodel.report import series
 from perfmodel.report.blocks import Cell, Table
 from perfmodel.report.text import METRICS, OBJECTIVE_UNITS, age, letter, money, number, percent, seconds, tokens
+from perfmodel.spec.plan import Objectives
 
 
 def verdict(check: dict[str, Any]) -> Cell:
@@ -67,23 +69,35 @@ def loads(plans: Sequence[dict[str, Any]]) -> Table:
 def pools(data: dict[str, Any]) -> Table:
     """What runs."""
     rows = [
-        (
-            letter(i), f"{x['replicas']} × {x['role']}",
-            f"tp{x['tp']}" + (f" pp{x['pp']}" if x["pp"] > 1 else ""), x["hardware"], f"{x['devices']:,}",
-            f"{x['weight_dtype']} / {x['kv_dtype']}", number(x["requests_per_s"], 4), tokens(x["input_tokens"]),
-            number(x["batch"]) if x["role"] != "prefill" else "–",
-            seconds(x["step_s"]) if x["role"] != "prefill" else "–",
-            percent(x["prefill_utilisation"]) if x["role"] != "decode" else "–",
-            percent(x["kv_share"]),
-            percent(x["requests_per_s_per_replica"] / x["highest_rate_per_replica"]), x["limited_by"],
-        )
+        (letter(i), f"{x['replicas']} × {x['role']}", f"tp{x['tp']}" + (f" pp{x['pp']}" if x["pp"] > 1 else ""), x["hardware"],
+         f"{x['devices']:,}", f"{x['weight_dtype']} / {x['kv_dtype']}", number(x["requests_per_s"], 4), tokens(x["input_tokens"]))
         for i, x in enumerate(data["pools"])
     ]  # fmt: skip
     return Table(
-        "Pools",
-        ("pool", "instances", "layout", "node", "devices", "weights / KV", "requests/s", "input tokens", "decode batch",
-         "token every", "prefill share of time", "KV memory (mean + 2σ)", "of its highest rate", "limited by"),
-        tuple(rows), (4, 6, 7, 8, 9, 10, 11, 12),
+        "Pools", ("pool", "instances", "layout", "node", "devices", "weights / KV", "requests/s", "input tokens"), tuple(rows), (4, 6, 7)
+    )
+
+
+def operating_points(p: Plan, goals: Objectives) -> Table:
+    """One instance of each pool at its load, with what its own simulated requests saw."""
+    seen = {id(r.pool): r.outcome for r in p.replayed}
+    names = {metric: series.strictest(getattr(goals, metric))[0] for metric in METRICS}
+    rows = []
+    for i, (pool, x) in enumerate(zip(p.pools, p.data["pools"], strict=True)):
+        own = {
+            metric: seconds(seen[id(pool)].percentile(metric, percentile(names[metric]))) if id(pool) in seen and x["role"] != skip else "–"
+            for metric, skip in (("ttft", "decode"), ("tpot", "prefill"))
+        }
+        rows.append((
+            letter(i), number(x["requests_per_s_per_replica"], 4), percent(x["requests_per_s_per_replica"] / x["highest_rate_per_replica"]),
+            percent(x["prefill_utilisation"]) if x["role"] != "decode" else "–", number(x["batch"]) if x["role"] != "prefill" else "–",
+            seconds(x["step_s"]) if x["role"] != "prefill" else "–", percent(x["kv_share"]), own["ttft"], own["tpot"], x["limited_by"],
+        ))  # fmt: skip
+    return Table(
+        "One instance of each pool",
+        ("pool", "requests/s", "of its highest", "prefilling", "decode batch", "token every", "KV memory",
+         f"own TTFT {names['ttft']}", f"own TPOT {names['tpot']}", "limited by"),
+        tuple(rows), (1, 2, 3, 4, 5, 6, 7, 8),
     )  # fmt: skip
 
 
@@ -159,7 +173,10 @@ def alternatives(data: dict[str, Any]) -> Table:
     for a in sorted(data["alternatives"], key=lambda a: (a["objective"] is None, a["objective"] or 0.0)):
         value = a["objective"]
         extra = f"{(value - best) / best:+.1%}" if value is not None and best else "–"
-        runs = ", ".join(f"{x['replicas']} × {x['layout']}" for x in a["pools"]) or "–"
+        count: Counter[str] = Counter()
+        for x in a["pools"]:
+            count[x["layout"]] += x["replicas"]
+        runs = ", ".join(f"{n} × {label}" for label, n in count.items()) or "–"
         rows.append((a["name"], money(value) if value is not None else Cell("cannot", "warn"), extra, a["reason"], runs))
     return Table(
         "Alternatives, each solved anew", ("alternative", unit, "against this plan", "why", "would run"), tuple(rows), (1, 2)

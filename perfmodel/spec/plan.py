@@ -106,10 +106,18 @@ class Choices(Spec):
     tp: tuple[Count, ...] = ()
     """Empty: every power of two that fits in a node."""
     pp: tuple[Count, ...] = (1,)
+    ep: tuple[Count, ...] = ()
+    """Empty: none, and for a mixture of experts also ep = tp."""
     engine: str = "vllm"
     techniques: tuple[str, ...] = ()
     mem_fraction: float | None = Field(default=None, gt=0, le=1)
     tp_across_nodes: bool = False
+
+    @model_validator(mode="after")
+    def _techniques(self) -> Choices:
+        if self.techniques:
+            raise ValueError(f"no technique is known by the name {self.techniques[0]!r}: leave the list empty")
+        return self
 
 
 class PlanFile(Spec):

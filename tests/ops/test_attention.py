@@ -43,12 +43,7 @@ def test_causal_pairs_by_brute_force(n: int, q: int, c: int, window: int | None)
 @given(q=st.integers(1, 24), c=st.integers(0, 40), window=st.one_of(st.none(), st.integers(1, 50)))
 def test_visible_keys_by_brute_force(q: int, c: int, window: int | None) -> None:
     """Keys that at least one query sees are read once."""
-    seen = {
-        key
-        for query in range(c, c + q)
-        for key in range(query + 1)
-        if window is None or query - key < window
-    }
+    seen = {key for query in range(c, c + q) for key in range(query + 1) if window is None or query - key < window}
     assert Group(1, q, c).visible(window) == len(seen)
 
 

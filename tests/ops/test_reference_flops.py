@@ -118,15 +118,14 @@ def test_decode_reads_every_linear_weight_once(kind: str) -> None:
     model = reference.model(kind)
     program = graph.lower(model, graph.decode(3, CACHED), Parallelism(), BF16)
     read = sum(
-        times * t.elements
-        for op, times, _ in operators(program.schedule)
-        for t in op.traffic
-        if t.tensor == "weights"
+        times * t.elements for op, times, _ in operators(program.schedule) for t in op.traffic if t.tensor == "weights"
     )
     assert read == matrices + 3 * (model.embedding_dim or model.hidden)
 
 
-@pytest.mark.parametrize("kind", [k for k in reference.SOFTMAX if k not in ("gemma2", "gemma3_text", "gpt_oss", "mistral")])
+@pytest.mark.parametrize(
+    "kind", [k for k in reference.SOFTMAX if k not in ("gemma2", "gemma3_text", "gpt_oss", "mistral")]
+)
 def test_cached_elements_equal_the_reference(kind: str) -> None:
     """Keys and values (or latents) of one sequence of 9 tokens, in elements; bf16 is two bytes each."""
     cache = reference.run(kind, 1, CACHED, 0).cache
