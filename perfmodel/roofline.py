@@ -197,8 +197,8 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
 
     The query rows that share a KV head fill tiles, the last one padded (below one tile, to the matrix instruction).
     Work items are one per sequence, KV head and tile; groups shorter than a tile, and the cached context of any, are also
-    split along the context to fill the units. The time is that of the longest item (with a causal mask up to twice the mean) or of an even share
-    of the work plus half an item for the last wave.
+    split along the context to fill the units where that is faster. The time is that of the longest item (with a causal
+    mask up to twice the mean) or of an even share of the work plus half an item for the last wave.
     """
     s, law = op.shape, m.law
     dtype = next((u for u in op.flops if u not in ("vector", "exp")), None)
@@ -211,8 +211,13 @@ def _attention(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
     divisible = np.where(packed < tile, kv_len, kv_len - q)
     items = tiles * np.maximum(np.minimum(divisible / law["decode_chunk"], 2 * m.units / tiles), 1.0)
     uneven = np.clip(kv_len * n * q / s["pairs"], 1.0, 2.0)
-    full = items / m.units
-    tail = np.maximum(uneven / full, 1 + 0.5 * uneven / full * (full > 1))
+
+    def stretch(count: Num) -> Num:
+        """Time over an even share of the work."""
+        full = count / m.units
+        return np.maximum(uneven / full, 1 + 0.5 * uneven / full * (full > 1))
+
+    tail = np.minimum(stretch(tiles), stretch(items))
     loading = np.minimum(1.0, items / (m.units * law["units_to_saturate_memory"]))
     if dtype is None:
         return 0.0, loading, vector

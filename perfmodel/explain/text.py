@@ -32,15 +32,15 @@ def _heading(c: dict[str, Any]) -> Iterator[str]:
     experts = f", experts {c['experts']}" if c["experts"] != c["weights"] else ""
     cached = f" ({c['prefix']} cached)" if c["prefix"] else ""
     yield f"{c['model']} on {c['hardware']}: {degrees}, engine {c['engine']}"
-    yield f"{c['batch']} sequences, {c['isl']} prompt tokens{cached}, {c['osl']} output tokens each"
+    yield f"{_plural(c['batch'], 'sequence')}, {c['isl']:,} prompt tokens{cached}, {c['osl']:,} output tokens each"
     yield f"weights {c['weights']}{experts}, activations {c['activations']}, KV {c['kv']}; {c['provenance']}"
     yield from _wrap(f"{c['device']}: memory {units.show(c['bandwidth'], 'bandwidth')}; matrix {peaks}", "")
 
 
 def _step(s: dict[str, Any]) -> Iterator[str]:
     title = "DECODE STEP" if s["kind"] == "decode" else "PREFILL"
-    new = f"{s['new']} new {'token' if s['new'] == 1 else 'tokens'}"
-    yield f"{title}: {s['batch']} sequences, {new} on {s['context']} cached ones each"
+    sequences, new = _plural(s["batch"], "sequence"), _plural(s["new"], "new token")
+    yield f"{title}: {sequences}, {new} on {s['context']:,} cached ones each"
     yield "=" * WIDTH
     low, high = s["interval"]
     yield (
@@ -176,7 +176,7 @@ def _memory(m: dict[str, Any], batch: int) -> Iterator[str]:
     yield f"  {parts}: {units.show(m['total'], 'size')} of {units.show(m['capacity'], 'size')}, {verdict}"
     trained = f" (the model was trained for {m['max_positions']:,})" if m["max_positions"] else ""
     yield f"  most sequences of {m['tokens']:,} tokens: {m['max_batch']:,}"
-    yield f"  longest context of {batch} sequences: {m['longest_context']:,} tokens each{trained}"
+    yield f"  longest context of {_plural(batch, 'sequence')}: {m['longest_context']:,} tokens each{trained}"
 
 
 def _legend(steps: dict[str, Any]) -> Iterator[str]:
@@ -185,6 +185,10 @@ def _legend(steps: dict[str, Any]) -> Iterator[str]:
     for name, entry in ALPHABET.items():
         if name in used:
             yield f"  {name.ljust(14)}{entry.meaning}" + (f" [{entry.unit}]" if entry.unit != "1" else "")
+
+
+def _plural(n: int, one: str) -> str:
+    return f"{n:,} {one}" + ("" if n == 1 else "s")
 
 
 def _time(seconds: float) -> str:

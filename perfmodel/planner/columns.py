@@ -26,6 +26,9 @@ from perfmodel.spec.model import Model, Moe
 from perfmodel.spec.plan import Choices, Objectives
 
 _HALVINGS = 9
+MOST_PREFILL = 0.9
+"""Share of its time an instance may plan to spend on prefill: closer to one, waits depend on the last request."""
+_ROUNDING = 1e-3
 
 
 @dataclass(frozen=True)
@@ -222,6 +225,8 @@ def meets(instance: Instance, s: State, mix: Mix, objectives: Objectives, disper
     """Empty when every percentile holds, else the one that breaks."""
     if not s.feasible:
         return s.reason
+    if s.utilisation > MOST_PREFILL * (1 + _ROUNDING):
+        return "prefill time"
     for name, limit in objectives.ttft.items() if instance.role != "decode" else ():
         if instance.ttft_met(limit, s, mix, dispersion) < percentile(name):
             return f"TTFT {name}"
@@ -229,6 +234,18 @@ def meets(instance: Instance, s: State, mix: Mix, objectives: Objectives, disper
         if instance.tpot_met(limit, s, mix) < percentile(name):
             return f"TPOT {name}"
     return ""
+
+
+def unserved(columns: list[Column], buckets: int) -> list[int]:
+    """Buckets that no colocated column serves, nor a prefill and a decode column together."""
+
+    def any_of(role: str, k: int) -> bool:
+        return any(c.layout.role == role and k in c.buckets for c in columns)
+
+    return [
+        k for k in range(buckets)
+        if not any_of("colocated", k) and not (any_of("prefill", k) and any_of("decode", k))
+    ]  # fmt: skip
 
 
 def percentile(name: str) -> float:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from perfmodel.planner import constraints
-from perfmodel.planner.columns import Column, Enumerator, Rejected
+from perfmodel.planner.columns import Column, Enumerator, Rejected, unserved
 from perfmodel.planner.infeasible import too_few_nodes
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.solver import Solution, solve
@@ -146,7 +146,7 @@ def _stand_in(r: Rejected) -> Any:
 
 def _why_short(test: Callable[[Column], bool], found: Enumerator, columns: list[Column], offers: list[Offer], rates: list[float]) -> str:
     """Which buckets nobody serves, or which nodes run out and how many it would take."""
-    missing = [k for k in range(len(rates)) if not any(k in c.buckets for c in columns)]
+    missing = unserved(columns, len(rates))
     if missing:
         return _why_none(test, found, missing)
     error = too_few_nodes(columns, offers, rates, "devices")

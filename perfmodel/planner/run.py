@@ -12,7 +12,7 @@ from typing import Any
 from perfmodel import catalog
 from perfmodel.errors import Infeasible
 from perfmodel.planner import constraints, describe, infeasible
-from perfmodel.planner.columns import Column, Enumerator, Layout
+from perfmodel.planner.columns import Column, Enumerator, Layout, unserved
 from perfmodel.planner.explain import Alternative, alternatives, binding
 from perfmodel.planner.offer import Offer, offers
 from perfmodel.planner.solver import Solution, solve
@@ -137,7 +137,7 @@ def _solve(
     found: Enumerator, columns: list[Column], fleet: list[Offer], rates: list[float], objective: str
 ) -> tuple[Solution, dict[str, float]]:
     """The integer optimum, then among plans with the same nodes the one with the fewest busy devices."""
-    if not columns or any(all(k not in c.buckets for c in columns) for k in range(len(rates))):
+    if unserved(columns, len(rates)):
         raise infeasible.no_column(found)
     program = constraints.build(columns, fleet, rates, objective)
     solution = solve(program.problem)

@@ -69,7 +69,18 @@ def _merged(parts: list[Pool], buckets: list[Bucket]) -> Pool:
     demands = {
         name: np.min([getattr(x.column, name) for x in parts], axis=0) for name in ("prefill_s", "decode_s", "kv_token_s")
     }
-    column = replace(widest, buckets=served, **demands)
+    share = np.array([x.replicas for x in parts]) / sum(x.replicas for x in parts)
+
+    def average(values: list[float]) -> float:
+        return float(share @ np.array(values))
+
+    state = replace(
+        widest.state,
+        utilisation=average([x.column.state.utilisation for x in parts]),
+        batch=average([x.column.state.batch for x in parts]),
+    )
+    room = average([x.column.kv_limit for x in parts])
+    column = replace(widest, buckets=served, state=state, kv_limit=room, **demands)
     return _pool(column, sum(x.replicas for x in parts), np.sum([x.rates for x in parts], axis=0), buckets)
 
 

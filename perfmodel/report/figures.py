@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import plotly.graph_objects as go
@@ -56,16 +56,13 @@ def _limit(figure: go.Figure, x: float, text: str, *, low: bool = False) -> None
     )  # fmt: skip
 
 
-_TICKS = {1e-3: "1 ms", 1e-2: "10 ms", 1e-1: "100 ms", 1.0: "1 s", 10.0: "10 s", 100.0: "100 s"}
-
-
-def _time_axis(title: str, low: float, high: float) -> dict[str, Any]:
-    """A logarithmic axis of seconds with ticks at 1, 2 and 5."""
-    values = [d * m for d in (1e-6, 1e-5, *_TICKS) for m in (1, 2, 5)]
-    inside = [v for v in values if low / 1.001 <= v <= high * 1.001]
+def _log_axis(title: str, low: float, high: float, show: Callable[[float], str]) -> dict[str, Any]:
+    """A logarithmic axis with ticks at 1, 2 and 5 of each decade."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [v for d in decades for v in (10.0**d, 2 * 10.0**d, 5 * 10.0**d) if low <= v * 1.001 and v <= high * 1.001]
     return {
-        "type": "log", "title": {"text": title}, "range": [math.log10(low), math.log10(high)],
-        "tickvals": inside, "ticktext": [seconds(v) for v in inside],
+        "type": "log", "title": {"text": title}, "range": [math.log10(low), math.log10(high)], "tickvals": ticks,
+        "ticktext": [show(v) for v in ticks],
     }  # fmt: skip
 
 
@@ -90,8 +87,8 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
         name = f"{dtype} roof: {number(peak / 1e12)} TFLOP/s, ridge at {number(bend)} FLOP/byte"
         _roof(figure, low, high, m.bandwidth, peak, name, INK, "solid", 2)
         figure.add_annotation(
-            x=math.log10(high), y=math.log10(peak / 1e12), text=f"{dtype} {number(peak / 1e12)} TFLOP/s", showarrow=False,
-            xanchor="right", yanchor="bottom",
+            x=math.log10(high), y=math.log10(peak / 1e12), xanchor="right", yanchor="bottom", showarrow=False,
+            text=f"{dtype} {number(peak / 1e12)} TFLOP/s, ridge {number(bend)}",
         )  # fmt: skip
         reached = peak * float(m.matrix_efficiency)
         fed = m.bandwidth * float(m.bandwidth_efficiency)
@@ -99,7 +96,7 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
     middle = math.sqrt(low * min(ridges.values(), default=high))
     figure.add_annotation(
         x=math.log10(middle), y=math.log10(middle * m.bandwidth / 1e12), text=f"memory {number(m.bandwidth / 1e12)} TB/s",
-        showarrow=False, xanchor="right", yanchor="bottom", xshift=-8,
+        showarrow=False, xanchor="left", yanchor="top", xshift=8,
     )  # fmt: skip
     for s in steps:
         rows = [row for row in s.rows if row["intensity"]]
@@ -117,9 +114,11 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
             cliponaxis=False,
         )  # fmt: skip
     for phase, names, x, y in _clusters(points):
+        # Nothing lies above the memory roof, where decode is, nor far below the matrix roof, where prefill is.
+        place = {"ax": -30, "ay": -40, "xanchor": "right"} if x < min(ridges.values()) else {"ax": 10, "ay": 90, "xanchor": "center"}
         figure.add_annotation(
-            x=math.log10(x), y=math.log10(y / 1e12), text=f"{phase}: {plain(', '.join(names))}", ax=20, ay=46 if phase == "decode" else 88,
-            font={"size": 12}, arrowhead=0, arrowwidth=1, arrowcolor=MUTED,
+            x=math.log10(x), y=math.log10(y / 1e12), text=f"{phase}: {plain(', '.join(names))}", font={"size": 12}, arrowhead=0,
+            arrowwidth=1, arrowcolor=MUTED, **place,
         )  # fmt: skip
     return figure
 
@@ -208,8 +207,8 @@ def frontier(curves: Sequence[series.Curve], chosen: Sequence[tuple[int, str, st
     top = max([q.worth for c in kept for q in c.points] + [x[4] for x in chosen])
     figure = _figure(
         500,
-        xaxis=_time_axis(f"{METRICS[metric]} {name}", low, high),
-        yaxis={"type": "log", "title": {"text": unit}, "range": [math.log10(top / 300), math.log10(top * 1.4)]},
+        xaxis=_log_axis(f"{METRICS[metric]} {name}", low, high, seconds),
+        yaxis=_log_axis(unit, top / 300, top * 1.5, number),
         hovermode="closest",
     )
     shown: set[tuple[str, str]] = set()
@@ -291,7 +290,7 @@ def distribution(
     every = [float(v) for v in whole[0] if v > 0] + [t for t in closed[0] if t > 0] + list(limits.values())
     figure = _figure(
         440,
-        xaxis=_time_axis(f"{METRICS[metric]} of a request", min(every) / 1.1, max(every) * 1.15),
+        xaxis=_log_axis(f"{METRICS[metric]} of a request", min(every) / 1.1, max(every) * 1.15, seconds),
         yaxis={"title": {"text": "share of requests at or below"}, "tickformat": ".0%", "range": [0, 1.02]},
     )
     if len(parts) > 1:
@@ -302,7 +301,7 @@ def distribution(
     figure.add_scatter(x=whole[0], y=whole[1], mode="lines", name="all requests, replayed", hovertemplate="%{x:.4g} s: %{y:.1%}",
                        line={"color": INK, "width": 3, "shape": "hv"})  # fmt: skip
     figure.add_scatter(x=closed[0], y=closed[1], mode="lines+markers", name="all requests, closed form",
-                       line={"color": "var(--c2)", "width": 2, "dash": "dash"}, marker={"size": 6, "symbol": "x-thin-open"},
+                       line={"color": INK, "width": 1.5, "dash": "dash"}, marker={"size": 6, "symbol": "circle-open"},
                        hovertemplate="%{x:.4g} s: %{y:.1%}")  # fmt: skip
     for name, limit in limits.items():
         share = float(name[1:]) / 100

@@ -89,15 +89,15 @@ def operating_points(p: Plan, goals: Objectives) -> Table:
             for metric, skip in (("ttft", "decode"), ("tpot", "prefill"))
         }
         rows.append((
-            letter(i), number(x["requests_per_s_per_replica"], 4), percent(x["requests_per_s_per_replica"] / x["highest_rate_per_replica"]),
+            letter(i), number(x["requests_per_s_per_replica"], 4),
             percent(x["prefill_utilisation"]) if x["role"] != "decode" else "–", number(x["batch"]) if x["role"] != "prefill" else "–",
             seconds(x["step_s"]) if x["role"] != "prefill" else "–", percent(x["kv_share"]), own["ttft"], own["tpot"], x["limited_by"],
         ))  # fmt: skip
     return Table(
         "One instance of each pool",
-        ("pool", "requests/s", "of its highest", "prefilling", "decode batch", "token every", "KV memory",
+        ("pool", "requests/s", "prefilling", "decode batch", "token every", "KV memory",
          f"own TTFT {names['ttft']}", f"own TPOT {names['tpot']}", "limited by"),
-        tuple(rows), (1, 2, 3, 4, 5, 6, 7, 8),
+        tuple(rows), (1, 2, 3, 4, 5, 6, 7),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from perfmodel.serving.clock import StepClock
 
-_MOST_BUSY = 0.92
+_MOST_BUSY = 0.98
 _SPARE_SIGMAS = 2.0  # cached bytes may exceed their mean by this many standard deviations
 
 
