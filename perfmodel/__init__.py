@@ -22,7 +22,7 @@ _VERBS = {
     "load_hardware": "perfmodel.catalog",
 }
 
-__all__ = ["Estimator", "__version__", "estimate", "load_hardware", "load_model", "plan"]  # noqa: F822
+__all__ = ["Estimator", "__version__", "estimate", "load_hardware", "load_model", "plan"]
 
 
 def __getattr__(name: str) -> Any:

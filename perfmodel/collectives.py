@@ -77,7 +77,9 @@ def _inside(kind: str, message: Num, sent: Num, ranks: Num, m: Machine) -> Num:
         two_shot = start + 2 * hop + sent / rate
         best = np.minimum(best, small * np.minimum(one_shot, two_shot))
         if m.in_switch:
-            best = np.minimum(best, start + 2 * hop + message * (ranks + 1) / ranks / (rate * m.law["in_switch_efficiency"]))
+            best = np.minimum(
+                best, start + 2 * hop + message * (ranks + 1) / ranks / (rate * m.law["in_switch_efficiency"])
+            )
     else:
         best = np.minimum(best, small * (start + hop + sent / rate))
     return best

@@ -20,7 +20,9 @@ def device_power(e: Estimator, busy_compute: float, busy_memory: float) -> float
     return float(e.machine.tdp * min(1.0, load))
 
 
-def demand_shares(e: Estimator, prefill_tokens_per_s: float, context: float, steps_per_s: float, batch: float) -> tuple[float, float]:
+def demand_shares(
+    e: Estimator, prefill_tokens_per_s: float, context: float, steps_per_s: float, batch: float
+) -> tuple[float, float]:
     """Mean shares of the peak compute and memory rates that a mix of prefill and decode demands of one device."""
     compute = memory = 0.0
     if prefill_tokens_per_s > 0:

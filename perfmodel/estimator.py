@@ -278,9 +278,7 @@ class Estimator:
                     check_parallelism(self.model, trial)
                 except SpecError:
                     continue
-                free = memory.kv_capacity(
-                    self.model, trial, self.formats, self.machine, self.engine, self.mem_fraction
-                )
+                free = memory.kv_capacity(self.model, trial, self.formats, self.machine, self.engine, self.mem_fraction)
                 if free > 0:
                     return f"--tp {tp}" + (f" --pp {pp}" if pp > 1 else "") + f" ({trial.devices} devices)"
         return "a narrower --weight-dtype or devices with more memory"
@@ -306,5 +304,3 @@ class Parts:
         """p10 and p90, inside the bounds."""
         spread = float(np.exp(_P10_P90 * self.sigma))
         return max(self.seconds / spread, self.lower), self.seconds * spread
-
-

@@ -22,10 +22,18 @@ from perfmodel.ops.traffic import Op, Residency
 from perfmodel.parameters import block_weights, outer_weights
 from perfmodel.schedule import Node, Repeat, Seq
 from perfmodel.spec.model import Block, Model
-from perfmodel.symbols import Num, ceil, is_one, maximum, minimum, symbol
+from perfmodel.symbols import Num, ceil, is_one, minimum, symbol
 
 # Matrices that tensor parallelism does not cut: every rank keeps them whole.
-_REPLICATED = {"q_a_proj", "kv_a_proj", "router", "shared_gate", "indexer.q_proj", "indexer.k_proj", "indexer.weights_proj"}
+_REPLICATED = {
+    "q_a_proj",
+    "kv_a_proj",
+    "router",
+    "shared_gate",
+    "indexer.q_proj",
+    "indexer.k_proj",
+    "indexer.weights_proj",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,5 +282,3 @@ def values_of(model: Model) -> dict[str, float]:
                 if isinstance(value, int) and not isinstance(value, bool) and value > 0 and key not in _STRUCTURAL:
                     values[f"{key}{index}"] = value
     return values
-
-

@@ -64,9 +64,7 @@ def state_bytes_per_sequence(model: Model, formats: Formats) -> float:
     return float(sum(r.bytes for r in cache_residency(model, Parallelism(), formats, 1, 1) if r.tensor == "state"))
 
 
-def cache_bytes(
-    model: Model, par: Parallelism, formats: Formats, sequences: Num, tokens: Num, block: int = 1
-) -> Num:
+def cache_bytes(model: Model, par: Parallelism, formats: Formats, sequences: Num, tokens: Num, block: int = 1) -> Num:
     """Keys, values and states of `sequences` with `tokens` cached tokens each, in whole blocks [byte per device].
 
     Sliding-window layers keep no more than their window.
@@ -128,8 +126,15 @@ def resident(
     )
 
 
-def kv_capacity(model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine,
-                mem_fraction: float | None = None, sequences: int | None = None) -> float:
+def kv_capacity(
+    model: Model,
+    par: Parallelism,
+    formats: Formats,
+    m: Machine,
+    engine: Engine,
+    mem_fraction: float | None = None,
+    sequences: int | None = None,
+) -> float:
     """Bytes per device left for keys, values and states once everything else is loaded; negative: does not fit."""  # fmt: skip
     busy = engine.max_sequences if sequences is None else sequences
     empty = resident(model, par, formats, m, engine, sequences=0.0, tokens=0.0, mem_fraction=mem_fraction)

@@ -245,4 +245,6 @@ def _collective(op: Op, m: Machine) -> Cost:
         sent = np.where(ranks > local, op.shape["held"] * nodes, sent)
     seconds = np.where(ranks > 1, collective_seconds(kind, message, sent, ranks, m, local), 0.0)
     resource, peak = ("network", m.network) if np.any(ranks > local) else ("link", m.link)
-    return Cost(seconds, 1.0, {resource: seconds}, {resource: fewest_bytes(kind, message, sent, ranks, m, local) / peak})
+    return Cost(
+        seconds, 1.0, {resource: seconds}, {resource: fewest_bytes(kind, message, sent, ranks, m, local) / peak}
+    )

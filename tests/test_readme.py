@@ -52,7 +52,8 @@ def test_python_snippets_run() -> None:
         space: dict[str, object] = {}
         exec(snippet, space)
         step = space["step"]
-        assert step.shape == (256,) and (step > 0).all()  # type: ignore[attr-defined]
+        assert step.shape == (256,)  # type: ignore[attr-defined]
+        assert (step > 0).all()  # type: ignore[operator]
         assert space["first"].shape == (3,)  # type: ignore[attr-defined]
         assert space["answer"]["tpot_s"] > 0  # type: ignore[index]
 

@@ -135,7 +135,9 @@ def _indexer(x: Indexer, s: Shard, weights: dict) -> list[Op]:  # type: ignore[t
     return ops
 
 
-def latent_cache(a: LatentAttention, tokens: Num, sequences: Num, par_tp: Num, width: Num, block: str) -> list[Residency]:
+def latent_cache(
+    a: LatentAttention, tokens: Num, sequences: Num, par_tp: Num, width: Num, block: str
+) -> list[Residency]:
     """The latent is replicated on every tensor-parallel rank; sparse attention also keeps its indexer keys."""
     stored = [Residency("kv", f"{block}.latent", tokens * (a.kv_rank + a.rope_dim), width)]
     if a.indexer is not None:

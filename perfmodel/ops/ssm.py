@@ -105,7 +105,9 @@ def _state_shape(m: Recurrent) -> tuple[Num, Num, Num, int, Num]:
             return m.heads, m.head_dim, m.head_dim, 256, m.heads
 
 
-def recurrent_state(m: Recurrent, sequences: Num, par_tp: Num, state_width: Num, conv_width: Num, block: str) -> list[Residency]:
+def recurrent_state(
+    m: Recurrent, sequences: Num, par_tp: Num, state_width: Num, conv_width: Num, block: str
+) -> list[Residency]:
     """State matrix per head, and the convolution's last inputs."""
     heads, p, n, *_ = _state_shape(m)
     stored = [Residency("state", f"{block}.state", sequences * heads * p * n / par_tp, state_width)]

@@ -65,9 +65,7 @@ class Op:
 
     def bytes(self, path: str = "hbm", tensor: TensorKind | None = None) -> Num:
         """Total bytes over one path, of one tensor kind or all."""
-        return sum(
-            (t.bytes for t in self.traffic if t.path == path and tensor in (None, t.tensor)), start=0
-        )
+        return sum((t.bytes for t in self.traffic if t.path == path and tensor in (None, t.tensor)), start=0)
 
 
 def read(tensor: TensorKind, elements: Num, width: Num) -> Traffic:

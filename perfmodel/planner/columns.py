@@ -296,11 +296,19 @@ def _why_never(instance: Instance, mix: Mix, objectives: Objectives) -> tuple[st
     for name, limit in objectives.ttft.items() if instance.role != "decode" else ():
         best = instance.ttft_quantile(percentile(name), s, mix)
         if best > limit:
-            return f"TTFT {name} is {best * 1e3:,.0f} ms without any load (limit {limit * 1e3:,.0f} ms)", f"ttft.{name}", best
+            return (
+                f"TTFT {name} is {best * 1e3:,.0f} ms without any load (limit {limit * 1e3:,.0f} ms)",
+                f"ttft.{name}",
+                best,
+            )
     for name, limit in objectives.tpot.items():
         best = instance.tpot_quantile(percentile(name), s, mix)
         if best > limit:
-            return f"TPOT {name} is {best * 1e3:,.1f} ms without any load (limit {limit * 1e3:,.1f} ms)", f"tpot.{name}", best
+            return (
+                f"TPOT {name} is {best * 1e3:,.1f} ms without any load (limit {limit * 1e3:,.1f} ms)",
+                f"tpot.{name}",
+                best,
+            )
     return "misses an objective", "", math.nan
 
 

@@ -27,7 +27,9 @@ class Program:
     cost: pulp.LpAffineExpression
 
 
-def build(columns: list[Column], offers: list[Offer], rates: list[float], objective: str, *, relaxed: bool = False) -> Program:
+def build(
+    columns: list[Column], offers: list[Offer], rates: list[float], objective: str, *, relaxed: bool = False
+) -> Program:
     """The whole program. `relaxed` drops integrality, for shadow prices."""
     problem = pulp.LpProblem("plan", pulp.LpMinimize)
     kind = pulp.LpContinuous if relaxed else pulp.LpInteger
@@ -38,7 +40,9 @@ def build(columns: list[Column], offers: list[Offer], rates: list[float], object
         for k in column.buckets
     }
     nodes = [problem.add_variable(f"N_{t}", lowBound=0, cat=kind) for t in range(len(offers))]
-    program = Program(problem, n, y, nodes, columns, offers, rates, define_objective(objective, columns, offers, n, nodes))
+    program = Program(
+        problem, n, y, nodes, columns, offers, rates, define_objective(objective, columns, offers, n, nodes)
+    )
     problem += program.cost
     define_serve_all(program)
     define_handover(program)

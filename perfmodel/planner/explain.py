@@ -19,8 +19,15 @@ _TIGHT = 0.01
 _UNIT = {"cost": "USD/h", "devices": "devices", "energy": "W"}
 
 
-def binding(columns: list[Column], offers: list[Offer], chosen: list[Pool], values: dict[str, float],
-            rates: list[float], buckets: list[Bucket], objective: str) -> list[dict[str, Any]]:
+def binding(
+    columns: list[Column],
+    offers: list[Offer],
+    chosen: list[Pool],
+    values: dict[str, float],
+    rates: list[float],
+    buckets: list[Bucket],
+    objective: str,
+) -> list[dict[str, Any]]:
     """Rows without slack in the chosen plan, and shadow prices of the relaxed program."""  # fmt: skip
     program = constraints.build(columns, offers, rates, objective, relaxed=True)
     relaxed = solve(program.problem)
@@ -144,7 +151,9 @@ def _stand_in(r: Rejected) -> Any:
     return SimpleNamespace(layout=r.layout)
 
 
-def _why_short(test: Callable[[Column], bool], found: Enumerator, columns: list[Column], offers: list[Offer], rates: list[float]) -> str:
+def _why_short(
+    test: Callable[[Column], bool], found: Enumerator, columns: list[Column], offers: list[Offer], rates: list[float]
+) -> str:
     """Which buckets nobody serves, or which nodes run out and how many it would take."""
     missing = unserved(columns, len(rates))
     if missing:

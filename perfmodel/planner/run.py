@@ -76,7 +76,9 @@ def plan(path: str | Path, *, objective: str | None = None, progress: Callable[[
     document = yaml.read(path)
     spec = yaml.validate(document, PlanFile)
     if objective is not None:
-        spec = yaml.validate(yaml.Document({**document.data, "objective": objective}, document.file, document.lines), PlanFile)
+        spec = yaml.validate(
+            yaml.Document({**document.data, "objective": objective}, document.file, document.lines), PlanFile
+        )
     catalog.load_model(spec.model)
     lines = {i: document.line(("fleet", i)) for i in range(len(spec.fleet))}
     fleet = offers(spec.fleet, spec.objective, document.file, lines)

@@ -31,7 +31,9 @@ class Solution:
         return self.status in ("optimal", "feasible")
 
 
-def solve(problem: pulp.LpProblem, *, solver: str = "highs", time_limit: float = TIME_LIMIT_S, gap: float = GAP) -> Solution:
+def solve(
+    problem: pulp.LpProblem, *, solver: str = "highs", time_limit: float = TIME_LIMIT_S, gap: float = GAP
+) -> Solution:
     """Solve and read back. Duals are those of the last LP and meaningful only for a continuous problem."""
     start = time.perf_counter()
     if solver == "highs":

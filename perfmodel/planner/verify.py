@@ -67,7 +67,8 @@ def _merged(parts: list[Pool], buckets: list[Bucket]) -> Pool:
     widest = max(parts, key=lambda x: len(x.column.buckets)).column
     served = tuple(sorted({k for x in parts for k in x.column.buckets}))
     demands = {
-        name: np.min([getattr(x.column, name) for x in parts], axis=0) for name in ("prefill_s", "decode_s", "kv_token_s")
+        name: np.min([getattr(x.column, name) for x in parts], axis=0)
+        for name in ("prefill_s", "decode_s", "kv_token_s")
     }
     share = np.array([x.replicas for x in parts]) / sum(x.replicas for x in parts)
 
@@ -171,7 +172,12 @@ def _resample(values: np.ndarray, known: np.ndarray, wanted: np.ndarray, rng: np
 
 
 def _decode_pools(
-    decoders: list[Pool], r: Requests, first: np.ndarray, ready: np.ndarray, buckets: list[Bucket], rng: np.random.Generator
+    decoders: list[Pool],
+    r: Requests,
+    first: np.ndarray,
+    ready: np.ndarray,
+    buckets: list[Bucket],
+    rng: np.random.Generator,
 ) -> list[Replayed]:
     """Simulate decode instances on the requests whose cache was handed over, in the order it arrives."""
     chosen = np.flatnonzero(~np.isnan(ready) & (r.output > 1))

@@ -17,7 +17,14 @@ _PERCENTILES = (0.5, 0.9, 0.95, 0.99)
 
 
 def serving_summary(
-    e: Estimator, isl: int, osl: int, *, rate: float | None, concurrency: int | None, ttft: float | None, tpot: float | None
+    e: Estimator,
+    isl: int,
+    osl: int,
+    *,
+    rate: float | None,
+    concurrency: int | None,
+    ttft: float | None,
+    tpot: float | None,
 ) -> dict[str, Any]:
     """Continuous batching of `isl`/`osl` requests: at a Poisson rate [1/s], or with `concurrency` clients in a loop.
 
@@ -34,7 +41,9 @@ def serving_summary(
     state = instance.state(rate, mix)
     if not state.feasible:
         most = highest_rate(instance, mix)
-        raise Infeasible(f"{rate:.3g} requests/s: {state.reason}", nearest=f"--rate {most:.3g}", binding=(state.reason,))
+        raise Infeasible(
+            f"{rate:.3g} requests/s: {state.reason}", nearest=f"--rate {most:.3g}", binding=(state.reason,)
+        )
     result: dict[str, Any] = {
         "rate_per_s": rate, "concurrency": concurrency or rate * _residence(instance, state, mix),
         "decode_batch": state.batch, "prefill_utilisation": state.utilisation, "kv_share": state.kv_share,
@@ -57,12 +66,16 @@ def serving_summary(
 def _fixed_shape(e: Estimator, isl: int, osl: int) -> tuple[Mix, Instance]:
     """An instance that serves requests of one shape."""
     mix = Mix(np.array([float(isl)]), np.array([float(osl)]), np.ones(1))
-    per_token = float(memory.cache_bytes(e.model, e.par, e.formats, 1, mix.context, e.engine.block_tokens)) / mix.context
+    per_token = (
+        float(memory.cache_bytes(e.model, e.par, e.formats, 1, mix.context, e.engine.block_tokens)) / mix.context
+    )
     return mix, Instance(StepClock(e, mix.context), "colocated", max(e.kv_free, per_token) / per_token * int(e.par.dp))
 
 
 @lru_cache(maxsize=1024)
-def _loop_instance(model: str, hardware: str, isl: int, osl: int, options: tuple[tuple[str, Any], ...]) -> tuple[Mix, Instance]:
+def _loop_instance(
+    model: str, hardware: str, isl: int, osl: int, options: tuple[tuple[str, Any], ...]
+) -> tuple[Mix, Instance]:
     return _fixed_shape(Estimator(model, hardware, **dict(options)), isl, osl)
 
 

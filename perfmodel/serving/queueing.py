@@ -124,7 +124,9 @@ class Instance:
         variance = rate * mix.mean(life * tokens**2)
         return (mean + _SPARE_SIGMAS * math.sqrt(variance)) / self.kv_tokens
 
-    def _judge(self, rate: float, u: float, batch: float, step: float, pure: float, work: np.ndarray, held: float) -> State:
+    def _judge(
+        self, rate: float, u: float, batch: float, step: float, pure: float, work: np.ndarray, held: float
+    ) -> State:
         longest = float(np.max(work)) if work.size else 0.0
         reason = ""
         if u >= _MOST_BUSY:
@@ -205,7 +207,11 @@ def _gamma_cdf(x: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndar
     # With few expected interruptions the law has an atom at zero, which the normal form misses.
     normal = np.where(shape < 0.2, np.maximum(normal, 1 - np.minimum(shape * 3, 1.0)), normal)
     spread = np.sqrt(np.maximum(variance, 0.0))
-    sure = np.where(variance <= 1e-18, (x >= mean).astype(float), 0.5 * (1 + _erf((x - mean) / np.maximum(spread, 1e-12) / math.sqrt(2))))
+    sure = np.where(
+        variance <= 1e-18,
+        (x >= mean).astype(float),
+        0.5 * (1 + _erf((x - mean) / np.maximum(spread, 1e-12) / math.sqrt(2))),
+    )
     return np.where(x < 0, 0.0, np.where(certain, sure, normal))
 
 

@@ -46,11 +46,13 @@ class _Waiting:
 class _Instance:
     """State of one simulated engine."""
 
-    def __init__(self, clock: StepClock, kv_tokens: float, requests: Requests, *, prefill_only: bool, prefilled: bool) -> None:
+    def __init__(
+        self, clock: StepClock, kv_tokens: float, requests: Requests, *, prefill_only: bool, prefilled: bool
+    ) -> None:
         self.clock, self.kv_tokens, self.requests = clock, kv_tokens, requests
         self.prefill_only, self.prefilled = prefill_only, prefilled
         self.now = 0.0
-        self.steps = 0  # decode steps taken so far: a sequence ends when this counter reaches its mark
+        self.steps: int = 0  # decode steps taken so far: a sequence ends when this counter reaches its mark
         self.context = 0.0  # tokens attended by all decoding sequences together
         self.decoding: list[tuple[int, int, float]] = []  # heap of (end mark, index, tokens attended at the end)
         self.waiting: deque[_Waiting] = deque()

@@ -72,7 +72,11 @@ def read_trace(trace: Trace, base: Path) -> Requests:
 
 
 def _open(path: Path) -> IO[str]:
-    return gzip.open(path, "rt", encoding="utf-8", newline="") if path.suffix == ".gz" else path.open(newline="", encoding="utf-8")
+    return (
+        gzip.open(path, "rt", encoding="utf-8", newline="")
+        if path.suffix == ".gz"
+        else path.open(newline="", encoding="utf-8")
+    )
 
 
 def _parse(stream: IO[str], trace: Trace, file: str) -> Requests:
@@ -92,7 +96,9 @@ def _parse(stream: IO[str], trace: Trace, file: str) -> Requests:
     places = {}
     for name in (wanted.arrival_s, wanted.input, wanted.output, *wanted.where):
         if name not in header:
-            raise SpecError(f"no column {name!r}{did_you_mean(name, header)}; columns: {', '.join(header)}", file=file, line=line)
+            raise SpecError(
+                f"no column {name!r}{did_you_mean(name, header)}; columns: {', '.join(header)}", file=file, line=line
+            )
         places[name] = header.index(name)
     kept: list[tuple[float, float, float]] = []
     for row in rows:
@@ -134,7 +140,9 @@ def build(spec: WorkloadSpec, base: Path, load: float, seed: int) -> Workload:
     whole = read_trace(spec.trace, base)
     span = float(whole.arrival[-1]) if len(whole) > 1 else 0.0
     if span <= 0:
-        raise SpecError("all requests arrive at the same time: no rate can be read from the trace", file=spec.trace.file)
+        raise SpecError(
+            "all requests arrive at the same time: no rate can be read from the trace", file=spec.trace.file
+        )
     requests, described = whole, f"{len(whole)} requests over {span:.0f} s"
     if spec.rate == "peak":
         requests, span, start = _busiest(whole, span)
@@ -158,7 +166,9 @@ def _fixed(input_: int, output: int, rate: float, load: float, seed: int) -> Wor
     n = 2000
     arrival = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, n))
     requests = Requests(arrival - arrival[0], np.full(n, float(input_)), np.full(n, float(output)))
-    return Workload(requests, rate, n / rate, 1.0, load, f"Poisson arrivals of {input_} input and {output} output tokens")
+    return Workload(
+        requests, rate, n / rate, 1.0, load, f"Poisson arrivals of {input_} input and {output} output tokens"
+    )
 
 
 def _busiest(whole: Requests, span: float) -> tuple[Requests, float, float]:
@@ -169,7 +179,11 @@ def _busiest(whole: Requests, span: float) -> tuple[Requests, float, float]:
     counts = np.where(whole.arrival + window <= span + 1e-9, counts, 0)
     first = int(np.argmax(counts))
     chosen = whole.take(slice(first, int(ends[first])))
-    return Requests(chosen.arrival - chosen.arrival[0], chosen.input, chosen.output), window, float(whole.arrival[first])
+    return (
+        Requests(chosen.arrival - chosen.arrival[0], chosen.input, chosen.output),
+        window,
+        float(whole.arrival[first]),
+    )
 
 
 def _dispersion(arrival: np.ndarray) -> float:

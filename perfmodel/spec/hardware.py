@@ -190,7 +190,8 @@ class Fabric(Spec):
     source: str
     technology: str
     topology: Literal["switch", "mesh", "ring", "torus", "pairs", "pcie", "none"]
-    """switch: any-to-any at full rate; mesh: direct links to every peer; pairs: bridges between two; pcie: through the host tree."""
+    """switch: any-to-any at full rate; mesh: direct links to every peer; pairs: bridges between two;
+    pcie: through the host tree."""
     bandwidth: Bandwidth
     """Per device and direction, all peers together."""
     p2p: bool

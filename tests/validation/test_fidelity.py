@@ -37,7 +37,8 @@ def test_errors_stay_below_what_a_plain_roofline_makes(readme_rows: dict[str, li
         assert int(rows) > 50
         assert float(median.rstrip("%")) < 40, name
     dense = [float(r[1].rstrip("%")) for n, r in readme_rows.items() if "serving: dense" in n]
-    assert len(dense) == 2 and max(dense) < 12
+    assert len(dense) == 2
+    assert max(dense) < 12
 
 
 def test_score_by_hand() -> None:
