@@ -9,7 +9,7 @@ from perfmodel.ops.elementwise import norm, store
 from perfmodel.ops.gemm import gemm, linear
 from perfmodel.ops.shard import Group, Shard
 from perfmodel.ops.traffic import Op, Residency, read, write
-from perfmodel.parameters import mixer_weights
+from perfmodel.parameters import Weight, mixer_weights
 from perfmodel.spec.model import Indexer, LatentAttention
 from perfmodel.symbols import Num, is_one, minimum
 
@@ -104,7 +104,7 @@ def _per_head(name: str, tokens: Num, heads: Num, k: Num, n: Num, s: Shard) -> l
     ]
 
 
-def _indexer(x: Indexer, s: Shard, weights: dict) -> list[Op]:  # type: ignore[type-arg]
+def _indexer(x: Indexer, s: Shard, weights: dict[str, Weight]) -> list[Op]:
     """Scores of every cached token by small heads, then a top-k (DeepSeek-V3.2 report, arXiv:2512.02556)."""
     f = s.formats
     stored, dtype = f.stored("latent"), f.compute("latent")

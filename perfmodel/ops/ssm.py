@@ -70,10 +70,8 @@ def _scan(m: Recurrent, s: Shard, group: Group, name: str) -> Op:
         flops: dict[str, Num] = {"vector": 6 * tokens * heads * p * n}
     else:
         length = minimum(chunk, group.q)
-        if m.kind == "deltanet":
-            per_token = length * (3 * n + 2 * p) + 6 * p * n
-        else:
-            per_token = length * (shared * n + p) + 4 * p * n
+        delta = m.kind == "deltanet"
+        per_token = length * (3 * n + 2 * p) + 6 * p * n if delta else length * (shared * n + p) + 4 * p * n
         flops = {str(s.formats.act.matrix): tokens * heads * per_token, "vector": 6 * tokens * heads * (p + shared * n)}
     a = s.formats.act.width
     return Op(

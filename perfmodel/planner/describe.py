@@ -35,7 +35,10 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
         "status": p.solution.status,
         "bound": p.solution.bound,
         "gap": p.solution.gap,
-        "optimal_over": f"{len(p.columns)} columns kept of {len(p.found.columns)} from {len(p.found.layouts)} layouts, and the model's own times",
+        "optimal_over": (
+            f"{len(p.columns)} columns kept of {len(p.found.columns)} from {len(p.found.layouts)} layouts, "
+            "and the model's own times"
+        ),
         "cost_usd_per_hour": hourly if priced else None,
         "usd_per_million_output_tokens": _per_million(p, hourly) if priced else None,
         "devices": sum(o.devices * n for o, n in zip(p.offers, p.nodes, strict=True)),
@@ -133,35 +136,53 @@ def text(run: PlanRun) -> str:
 def _page(spec: PlanFile, p: Plan) -> str:
     d = p.data
     unit = {"cost": "USD/h", "devices": "devices", "energy": "W"}[spec.objective]
-    lines = [
-        f"Load x{p.workload.load:g}: {p.workload.rate:.2f} requests/s  ({p.workload.described})",
+    lines = [f"Load x{p.workload.load:g}: {p.workload.rate:.2f} requests/s  ({p.workload.described})", ""]
+    lines.append("  Buy    " + ", ".join(_node_line(n) for n in d["nodes"]))
+    lines += [_pool_line(d["model"], x) for x in d["pools"]]
+    lines += [_cost_line(d), "", f"  {'':12}{'limit':>10}{'closed form':>14}{'replayed':>12}"]
+    lines += [_percentile_line(c) for c in d["percentiles"]]
+    lines += [
         "",
-        "  Buy    " + ", ".join(f"{n['count']} x {n['node']}" + (f" at {n['price_usd_per_hour']:.2f} USD/h" if n["price_usd_per_hour"] else "") for n in d["nodes"]),
-    ]  # fmt: skip
-    for x in d["pools"]:
-        span = f"{x['input_tokens'][0]:.0f}-{x['input_tokens'][1]:.0f} input tokens"
-        lines.append(
-            f"  Run    {x['replicas']} x {x['role']} {d['model']} ({x['weight_dtype']}) tp{x['tp']}"
-            + "".join(f" {k}{x[k]}" for k in ("pp", "ep") if x[k] > 1) + f" on {x['hardware']}: {x['requests_per_s']:.2f} requests/s of {span};"
-            f" decode batch {x['batch']:.1f}, prefill {x['prefill_utilisation']:.0%} of the time"
-        )  # fmt: skip
-    cost = f"{d['cost_usd_per_hour']:,.2f} USD/h" if d["cost_usd_per_hour"] is not None else "no price known"
-    per = d["usd_per_million_output_tokens"]
-    lines.append(
-        f"  Cost   {cost}" + (f", {per:.2f} USD per million output tokens" if per is not None else "")
-        + f"; {d['devices']} devices ({d['devices_busy']} busy)"
-        + (f"; {d['power_w'] / 1e3:.1f} kW" if d["power_w"] else "")
-    )  # fmt: skip
-    lines += ["", f"  {'':12}{'limit':>10}{'closed form':>14}{'replayed':>12}"]
-    for c in d["percentiles"]:
-        limit = f"{c['limit_s'] * 1e3:,.0f} ms" if c["limit_s"] is not None else "-"
-        lines.append(
-            f"  {c['metric'].upper() + ' ' + c['percentile']:12}{limit:>10}{c['promised_s'] * 1e3:>11,.0f} ms{c['replayed_s'] * 1e3:>9,.0f} ms"
-        )
-    lines += ["", f"  Proof  {d['status']}: {d['objective_value']:,.2f} {unit}, bound {d['bound']:,.2f}, gap {d['gap']:.2%}, over {d['optimal_over']};",
-              f"         {len(d['rounds'])} round(s) of plan and replay, {d['solver']['plan_seconds']:.1f} s"]  # fmt: skip
-    lines += ["", "  Why"]
-    lines += [f"    {row['text']}" for row in d["binding"]]
-    lines += ["", "  Instead"]
-    lines += [f"    {a['name']}: {a['reason']}" for a in d["alternatives"]]
+        f"  Proof  {d['status']}: {d['objective_value']:,.2f} {unit}, bound {d['bound']:,.2f}, gap {d['gap']:.2%},",
+        f"         over {d['optimal_over']};",
+        f"         {len(d['rounds'])} round(s) of plan and replay, {d['solver']['plan_seconds']:.1f} s",
+    ]
+    lines += ["", "  Why", *(f"    {row['text']}" for row in d["binding"])]
+    lines += ["", "  Instead", *(f"    {a['name']}: {a['reason']}" for a in d["alternatives"])]
     return "\n".join(lines)
+
+
+def _node_line(n: dict[str, Any]) -> str:
+    price = n["price_usd_per_hour"]
+    return f"{n['count']} x {n['node']}" + (f" at {price:.2f} USD/h" if price is not None else "")
+
+
+def _pool_line(model: str, x: dict[str, Any]) -> str:
+    more = "".join(f" {k}{x[k]}" for k in ("pp", "ep") if x[k] > 1)
+    low, high = x["input_tokens"]
+    load = []
+    if x["role"] != "prefill":
+        load.append(f"decode batch {x['batch']:.1f}")
+    if x["role"] != "decode":
+        load.append(f"prefill {x['prefill_utilisation']:.0%} of the time")
+    return (
+        f"  Run    {x['replicas']} x {x['role']} {model} ({x['weight_dtype']}) tp{x['tp']}{more} on {x['hardware']}:\n"
+        f"         {x['requests_per_s']:.2f} requests/s of {low:.0f}-{high:.0f} input tokens; {', '.join(load)}"
+    )
+
+
+def _cost_line(d: dict[str, Any]) -> str:
+    parts = ["no price known"]
+    if d["cost_usd_per_hour"] is not None:
+        per = d["usd_per_million_output_tokens"]
+        parts = [f"{d['cost_usd_per_hour']:,.2f} USD/h, {per:.2f} USD per million output tokens"]
+    parts.append(f"{d['devices']} devices ({d['devices_busy']} busy)")
+    if d["power_w"]:
+        parts.append(f"{d['power_w'] / 1e3:.1f} kW")
+    return "  Cost   " + "; ".join(parts)
+
+
+def _percentile_line(c: dict[str, Any]) -> str:
+    limit = f"{c['limit_s'] * 1e3:,.0f} ms" if c["limit_s"] is not None else "-"
+    name = f"{c['metric'].upper()} {c['percentile']}"
+    return f"  {name:12}{limit:>10}{c['promised_s'] * 1e3:>11,.0f} ms{c['replayed_s'] * 1e3:>9,.0f} ms"

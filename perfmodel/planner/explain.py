@@ -128,8 +128,8 @@ def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, o
     limits = sorted({c.limited_by for c in columns if round(solution.values.get(f"n_{columns.index(c)}", 0))})
     return Alternative(
         name, solution, columns,
-        f"{solution.objective:,.2f} {unit}, {extra / max(best, 1e-9):+.0%}: {solution.objective / rate:,.2f} {unit} per request/s "
-        f"against {best / rate:,.2f}; limited by {', '.join(limits)}",
+        f"{solution.objective:,.2f} {unit}, {extra / max(best, 1e-9):+.0%}: "
+        f"{solution.objective / rate:,.2f} {unit} per request/s against {best / rate:,.2f}; limited by {', '.join(limits)}",
     )  # fmt: skip
 
 

@@ -78,9 +78,9 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
     high = max([row["intensity"] for _, row in points] + [3 * r for r in ridges.values()]) * 4
     figure = _figure(
         520,
-        xaxis={"type": "log", "title": {"text": "arithmetic intensity [FLOP per byte of device memory]"},
+        xaxis={"type": "log", "title": {"text": "FLOP per byte of device memory"},
                "range": [math.log10(low), math.log10(high)], "dtick": 1},
-        yaxis={"type": "log", "title": {"text": "achieved [TFLOP/s per device]"}, "dtick": 1},
+        yaxis={"type": "log", "title": {"text": "achieved TFLOP/s per device"}, "dtick": 1},
     )  # fmt: skip
     for dtype in dtypes:
         peak, bend = m.peak(dtype), ridges[dtype]
@@ -113,27 +113,30 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
             hoverinfo="text",
             cliponaxis=False,
         )  # fmt: skip
-    for phase, names, x, y in _clusters(points):
-        # Nothing lies above the memory roof, where decode is, nor far below the matrix roof, where prefill is.
-        place = {"ax": -30, "ay": -40, "xanchor": "right"} if x < min(ridges.values()) else {"ax": 10, "ay": 90, "xanchor": "center"}
+    for label, fed, x, y in _clusters(points):
+        # Nothing lies above the memory roof, nor far below the matrix roof.
+        place = {"ax": -30, "ay": -40, "xanchor": "right"} if fed else {"ax": -6, "ay": 90, "xanchor": "right"}
         figure.add_annotation(
-            x=math.log10(x), y=math.log10(y / 1e12), text=f"{phase}: {plain(', '.join(names))}", font={"size": 12}, arrowhead=0,
-            arrowwidth=1, arrowcolor=MUTED, **place,
+            x=math.log10(x), y=math.log10(y / 1e12), text="<br>".join(plain(line) for line in label), align="right", arrowhead=0,
+            arrowwidth=1, arrowcolor=MUTED, font={"size": 12}, **place,
         )  # fmt: skip
     return figure
 
 
-def _clusters(points: Sequence[tuple[series.Step, dict[str, Any]]]) -> list[tuple[str, list[str], float, float]]:
-    """(phase, names, intensity, FLOP/s) of the operators that take a tenth of a step; neighbours share a label."""
-    found: list[tuple[str, list[str], float, float]] = []
+def _clusters(points: Sequence[tuple[series.Step, dict[str, Any]]]) -> list[tuple[list[str], bool, float, float]]:
+    """(phase and names, left of the ridge, FLOP/byte, FLOP/s) of operators that take a tenth of a step; neighbours share one."""
+    found: list[tuple[list[str], bool, float, float]] = []
     for s, row in sorted(points, key=lambda q: -q[1]["share"]):
         if row["share"] < 0.1:
             continue
-        near = [c for c in found if c[0] == s.phase and math.hypot(math.log10(row["intensity"] / c[2]), math.log10(row["achieved"] / c[3])) < 0.7]
+        near = [
+            label for label, _, x, y in found
+            if label[0] == f"{s.phase}:" and math.hypot(math.log10(row["intensity"] / x), math.log10(row["achieved"] / y)) < 0.7
+        ]  # fmt: skip
         if not near:
-            found.append((s.phase, [row["name"]], row["intensity"], row["achieved"]))
-        elif row["name"] not in near[0][1]:
-            near[0][1].append(row["name"])
+            found.append(([f"{s.phase}:", row["name"]], row["intensity"] < row["ridge"], row["intensity"], row["achieved"]))
+        elif row["name"] not in near[0]:
+            near[0].append(row["name"])
     return found
 
 

@@ -35,7 +35,7 @@ def blocks(run: PlanRun) -> list[Block]:
             f"perfmodel {__version__}, Python {platform.python_version()}, {libraries}; written {today:%Y-%m-%d %H:%M %Z}",
             f"engine {run.spec.choices.engine}: {calibration.engine(run.spec.choices.engine).documentation}",
         )),
-        _sources(sources),
+        Fold("Documents behind the datasheets", (_sources(sources),)),
         Fold("Parameters of the devices, with their evidence", tuple(_parameters(name, m) for name, m in machines.items())),
         Fold("Parameters shared by all devices, and the engine's", (_law(run),)),
         Code(f"The plan file, {Path(run.file).name}", _read(run.file)),

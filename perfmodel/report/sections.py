@@ -61,7 +61,7 @@ def plan(run: PlanRun, p: Plan) -> list[Block]:
     for n in p.data["nodes"]:
         stale = tables.stale_price(n["node"], n["price_source"])
         if stale:
-            beware.append(f"{stale}: check it before you buy.")
+            beware.append(f"{stale[0].upper()}{stale[1:]}: check it before you buy.")
     for offer, count in zip(p.offers, p.nodes, strict=True):
         if count and not offer.machine.device.datacenter_licence:
             beware.append(f"{offer.node.name}: the GeForce driver licence excludes datacentre use.")
@@ -150,7 +150,7 @@ def frontier(run: PlanRun, p: Plan, *, metrics: tuple[str, ...] = ("tpot", "ttft
         found.append(Chart(
             f"{METRICS[metric]} {name} against throughput", figures.frontier(curves, chosen, metric, name, limit, names, unit),
             f"Each thin line is one layout, from idle (left) to saturation, for the mix of all requests; up and left is better. "
-            f"Thick grey lines join the best of them. Black circles are the plan's pools at their own mix and load. A {other} "
+            f"Thick lines join the best of them. Circles with a letter are the plan's pools at their own mix and load. A {other} "
             f"instance does half of the work only: a pair of roles serves 1/(1/prefill + 1/decode) {unit}.",
             f"{METRICS[metric]} {name} limit {seconds(limit)}. The plan's pools: {told}.",
         ))  # fmt: skip
@@ -191,7 +191,7 @@ def replay(run: PlanRun, p: Plan) -> list[Block]:
         found.append(Chart(
             f"{METRICS[metric]}, replayed and in closed form",
             figures.distribution(metric, whole, parts, series.closed_form(p, metric), getattr(goals, metric)),
-            "Share of requests that are served within a time. A limit holds when the black line crosses the dotted share before the red limit. "
+            "Share of requests that are served within a time. A limit holds when the thick line crosses the dotted share before the red limit. "
             "The dashed line is what the planner counted with.", f"Cumulative distribution of {METRICS[metric]}: {told}.",
         ))  # fmt: skip
     sizes = ", ".join(f"pool {letter(places[id(x.pool)])} {x.outcome.ttft.size:,}" for x in p.replayed)

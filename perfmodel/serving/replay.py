@@ -52,7 +52,7 @@ class _Instance:
         self.clock, self.kv_tokens, self.requests = clock, kv_tokens, requests
         self.prefill_only, self.prefilled = prefill_only, prefilled
         self.now = 0.0
-        self.steps: int = 0  # decode steps taken so far: a sequence ends when this counter reaches its mark
+        self.steps = 0  # decode steps taken so far: a sequence ends when this counter reaches its mark
         self.context = 0.0  # tokens attended by all decoding sequences together
         self.decoding: list[tuple[int, int, float]] = []  # heap of (end mark, index, tokens attended at the end)
         self.waiting: deque[_Waiting] = deque()
@@ -88,7 +88,7 @@ class _Instance:
 
     def _schedule(self) -> list[tuple[_Waiting, float]]:
         """Chunks of this step: what is left of the token budget and of the cache, in order of arrival."""
-        budget = self.clock.chunk - len(self.decoding)
+        budget: float = self.clock.chunk - len(self.decoding)
         chunks: list[tuple[_Waiting, float]] = []
         for item in self.waiting:
             running = len(self.decoding) + len(chunks)
