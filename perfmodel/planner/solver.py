@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from dataclasses import dataclass, field
 
 import pulp
@@ -56,20 +57,21 @@ def solve(
         bound,
         relative,
         {v.name: float(v.value() or 0.0) for v in problem.variables()},
-        {name_: float(c.pi) for name_, c in problem.constraints.items() if c.pi is not None},
-        {name_: float(c.slack) for name_, c in problem.constraints.items() if c.slack is not None},
+        {c.name: float(c.pi) for c in problem.constraints() if c.pi is not None},
+        {c.name: float(c.slack) for c in problem.constraints() if c.slack is not None},
         seconds,
         name,
     )
 
 
 def cbc(time_limit: float = TIME_LIMIT_S, gap: float = GAP) -> pulp.LpSolver:
-    """The CBC of this PuLP, or the one on the path; raises PulpSolverError when there is none."""
-    bundled = getattr(pulp, "PULP_CBC_CMD", None)
-    for kind in (bundled, pulp.COIN_CMD):
-        if kind is not None:
-            candidate = kind(msg=False, timeLimit=time_limit, gapRel=gap)
-            if candidate.available():
+    """The CBC on the path, or the one bundled with PuLP 3; raises PulpSolverError when there is none."""
+    with warnings.catch_warnings():
+        # PuLP 3 deprecates its bundled CBC, PuLP 4 no longer has it.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        for kind in (pulp.COIN_CMD, getattr(pulp, "PULP_CBC_CMD", None)):
+            candidate = kind(msg=False, timeLimit=time_limit, gapRel=gap) if kind is not None else None
+            if candidate is not None and candidate.available():
                 return candidate
     raise pulp.PulpSolverError("no CBC solver is installed")
 

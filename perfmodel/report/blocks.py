@@ -83,13 +83,14 @@ class Fold:
 
 
 Block = Table | Chart | Cards | Items | Code | Fold
+Maker = Callable[..., list[Block]]
 
 
 @dataclass(frozen=True)
 class Section:
     """A registered section. `per`: made once for each load's plan, or once for the whole run."""
 
-    make: Callable[..., list[Block]]
+    make: Maker
     per: Literal["plan", "run"]
     options: tuple[str, ...] = field(default=())
 
@@ -97,10 +98,10 @@ class Section:
 SECTIONS: dict[str, Section] = {}
 
 
-def section(name: str, per: Literal["plan", "run"] = "plan") -> Callable[[Callable[..., list[Block]]], Callable[..., list[Block]]]:
+def section(name: str, per: Literal["plan", "run"] = "plan") -> Callable[[Maker], Maker]:
     """Register a section: a function of (run, plan) or of (run), with the recipe's options as keyword-only arguments."""
 
-    def register(make: Callable[..., list[Block]]) -> Callable[..., list[Block]]:
+    def register(make: Maker) -> Maker:
         named = inspect.signature(make).parameters.values()
         SECTIONS[name] = Section(make, per, tuple(p.name for p in named if p.kind is p.KEYWORD_ONLY))
         return make

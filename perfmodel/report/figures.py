@@ -31,9 +31,15 @@ TEMPLATE = go.layout.Template(
         "colorway": COLOURS,
         "xaxis": _AXIS,
         "yaxis": _AXIS,
+        # The page makes room at the bottom for as many rows as a legend needs.
         "margin": {"l": 8, "r": 12, "t": 16, "b": 8},
-        "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": -0.16, "yanchor": "top", "font": {"size": 12}},
-        "hoverlabel": {"bgcolor": "var(--panel)", "bordercolor": MUTED, "font": {"color": INK}, "align": "left", "namelength": -1},
+        "legend": {
+            "orientation": "h", "xref": "container", "x": 0, "xanchor": "left", "yref": "container", "y": 0, "yanchor": "bottom",
+            "font": {"size": 12},
+        },
+        "hoverlabel": {
+            "bgcolor": "var(--panel)", "bordercolor": MUTED, "font": {"color": INK}, "align": "left", "namelength": -1,
+        },
         "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": MUTED, "activecolor": INK},
         "dragmode": False,
         "bargap": 0.25,
@@ -57,9 +63,13 @@ def _limit(figure: go.Figure, x: float, text: str, *, low: bool = False) -> None
 
 
 def _log_axis(title: str, low: float, high: float, show: Callable[[float], str]) -> dict[str, Any]:
-    """A logarithmic axis with ticks at 1, 2 and 5 of each decade."""
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    ticks = [v for d in decades for v in (10.0**d, 2 * 10.0**d, 5 * 10.0**d) if low <= v * 1.001 and v <= high * 1.001]
+    """A logarithmic axis with ticks at 1, 2 and 5 of each decade, or at more where that leaves fewer than four."""
+    ticks: list[float] = []
+    for steps in ((1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9)):
+        decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        ticks = [x * 10.0**d for d in decades for x in steps if low <= x * 10.0**d <= high]
+        if len(ticks) >= 4:
+            break
     return {
         "type": "log", "title": {"text": title}, "range": [math.log10(low), math.log10(high)], "tickvals": ticks,
         "ticktext": [show(v) for v in ticks],
@@ -75,7 +85,7 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
     dtypes = sorted({row["dtype"] for _, row in points}, key=m.peak)
     ridges = {d: m.peak(d) / m.bandwidth for d in dtypes}
     low = min([row["intensity"] for _, row in points] + [1.0]) / 2
-    high = max([row["intensity"] for _, row in points] + [3 * r for r in ridges.values()]) * 4
+    high = max([row["intensity"] for _, row in points] + [3 * r for r in ridges.values()]) * 2
     figure = _figure(
         520,
         xaxis={"type": "log", "title": {"text": "FLOP per byte of device memory"},
@@ -87,7 +97,7 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
         name = f"{dtype} roof: {number(peak / 1e12)} TFLOP/s, ridge at {number(bend)} FLOP/byte"
         _roof(figure, low, high, m.bandwidth, peak, name, INK, "solid", 2)
         figure.add_annotation(
-            x=math.log10(high), y=math.log10(peak / 1e12), xanchor="right", yanchor="bottom", showarrow=False,
+            x=math.log10(bend), y=math.log10(peak / 1e12), xanchor="right", yanchor="bottom", showarrow=False,
             text=f"{dtype} {number(peak / 1e12)} TFLOP/s, ridge {number(bend)}",
         )  # fmt: skip
         reached = peak * float(m.matrix_efficiency)
@@ -106,7 +116,7 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
             mode="markers",
             name=f"{letter(s.pool)} {s.phase}",
             marker={
-                "symbol": _PHASE_SYMBOLS[s.phase], "color": COLOURS[s.pool % len(COLOURS)], "opacity": 0.85, "sizemode": "diameter",
+                "symbol": _PHASE_SYMBOLS[s.phase], "color": COLOURS[s.pool % len(COLOURS)], "opacity": 0.85,
                 "size": [8 + 34 * math.sqrt(row["share"]) for row in rows], "line": {"color": "var(--panel)", "width": 1},
             },
             hovertext=[_operator_hover(s, row) for row in rows],
@@ -114,11 +124,11 @@ def roofline(m: Machine, steps: Sequence[series.Step]) -> go.Figure:
             cliponaxis=False,
         )  # fmt: skip
     for label, fed, x, y in _clusters(points):
-        # Nothing lies above the memory roof, nor far below the matrix roof.
-        place = {"ax": -30, "ay": -40, "xanchor": "right"} if fed else {"ax": -6, "ay": 90, "xanchor": "right"}
+        # Nothing lies above the memory roof but the names of the matrix roofs, and little far below the roofs.
+        place = {"ax": -30, "ay": -40} if fed and x < min(ridges.values()) / 2 else {"ax": -8, "ay": 60 if fed else 90}
         figure.add_annotation(
             x=math.log10(x), y=math.log10(y / 1e12), text="<br>".join(plain(line) for line in label), align="right", arrowhead=0,
-            arrowwidth=1, arrowcolor=MUTED, font={"size": 12}, **place,
+            arrowwidth=1, arrowcolor=MUTED, font={"size": 12}, xanchor="right", **place,
         )  # fmt: skip
     return figure
 
@@ -174,7 +184,7 @@ def stacked(labels: Sequence[str], totals: Sequence[str], parts: Sequence[Mappin
     figure = _figure(
         90 + _ROW * len(labels), barmode="stack", bargap=0.5,
         xaxis={"range": [0, 1], "tickformat": ".0%", "title": {"text": "share of the step"}},
-        legend={"y": -70 / (_ROW * len(labels)), "traceorder": "normal"},
+        legend={"traceorder": "normal"},
     )  # fmt: skip
     sums = [sum(p.values()) for p in parts]
     for key, name in names.items():
@@ -268,7 +278,7 @@ def memory(labels: Sequence[str], parts: Sequence[Mapping[str, float]], capaciti
     figure = _figure(
         90 + _ROW * len(labels), barmode="stack", bargap=0.5,
         xaxis={"title": {"text": "GB per device"}, "range": [0, max(capacities) / 1e9 * 1.04]},
-        legend={"y": -70 / (_ROW * len(labels)), "traceorder": "normal"},
+        legend={"traceorder": "normal"},
     )  # fmt: skip
     for key, (name, colour) in MEMORY_PARTS.items():
         values = [p[key] / 1e9 for p in parts]
@@ -280,7 +290,8 @@ def memory(labels: Sequence[str], parts: Sequence[Mapping[str, float]], capaciti
             hoverinfo="text",
         )  # fmt: skip
     for i, capacity in enumerate(capacities):
-        figure.add_shape(type="line", x0=capacity / 1e9, x1=capacity / 1e9, y0=i - 0.3, y1=i + 0.3, line={"color": LIMIT, "width": 3})
+        edge = {"x0": capacity / 1e9, "x1": capacity / 1e9, "y0": i - 0.3, "y1": i + 0.3}
+        figure.add_shape(type="line", **edge, line={"color": LIMIT, "width": 3})
     _bar_labels(figure, [f"{label}: {number(c / 1e9)} GB" for label, c in zip(labels, capacities, strict=True)])
     return figure
 
@@ -309,14 +320,15 @@ def distribution(
     for name, limit in limits.items():
         share = float(name[1:]) / 100
         _limit(figure, limit, f"{name} limit {seconds(limit)}", low=True)
-        figure.add_shape(type="line", x0=0, x1=1, xref="paper", y0=share, y1=share, line={"color": LIMIT, "width": 1, "dash": "dot"})
+        thin = {"color": LIMIT, "width": 1, "dash": "dot"}
+        figure.add_shape(type="line", x0=0, x1=1, xref="paper", y0=share, y1=share, line=thin)
     return figure
 
 
 def arrivals(starts: Any, rates: Any, mean: float) -> go.Figure:
     """Requests per second over the window, and their mean."""
     figure = _figure(320, xaxis={"title": {"text": "seconds from the start of the window"}},
-                     yaxis={"title": {"text": "requests/s"}, "rangemode": "tozero"}, bargap=0.05, legend={"y": -0.28})  # fmt: skip
+                     yaxis={"title": {"text": "requests/s"}, "rangemode": "tozero"}, bargap=0.05)  # fmt: skip
     width = float(starts[1] - starts[0]) if len(starts) > 1 else 1.0
     figure.add_bar(x=starts + width / 2, y=rates, name="arrivals", marker={"color": "var(--c5)"},
                    hovertemplate="%{x:.0f} s: %{y:.3g} requests/s<extra></extra>")  # fmt: skip
@@ -328,18 +340,20 @@ def arrivals(starts: Any, rates: Any, mean: float) -> go.Figure:
 def lengths(inputs: tuple[Any, Any], outputs: tuple[Any, Any], buckets: Sequence[Bucket]) -> go.Figure:
     """Histograms of input and output tokens, with the edges of the input buckets."""
     figure = _figure(
-        340, xaxis={"type": "log", "title": {"text": "tokens"}, "dtick": 1}, legend={"y": -0.26},
+        340, xaxis={"type": "log", "title": {"text": "tokens"}, "dtick": 1},
         yaxis={"title": {"text": "share of requests"}, "tickformat": ".0%", "rangemode": "tozero"},
     )  # fmt: skip
     for name, (edges, shares), colour, dash in (
         ("input tokens", inputs, "var(--c1)", "solid"), ("output tokens", outputs, "var(--c2)", "dash"),
     ):  # fmt: skip
         figure.add_scatter(
-            x=list(edges), y=[*shares, 0.0], mode="lines", name=name, line={"shape": "hv", "color": colour, "width": 2, "dash": dash},
+            x=list(edges), y=[*shares, 0.0], mode="lines", name=name,
+            line={"shape": "hv", "color": colour, "width": 2, "dash": dash},
             hovertemplate="from %{x:.0f} tokens: %{y:.1%}",
         )  # fmt: skip
+    thin = {"color": MUTED, "width": 1, "dash": "dot"}
     for b in buckets[1:]:
-        figure.add_shape(type="line", x0=b.low, x1=b.low, y0=0, y1=1, yref="paper", line={"color": MUTED, "width": 1, "dash": "dot"})
+        figure.add_shape(type="line", x0=b.low, x1=b.low, y0=0, y1=1, yref="paper", line=thin)
     return figure
 
 
@@ -351,8 +365,7 @@ def alternatives(names: Sequence[str], values: Sequence[float], best: float, uni
         marker={"color": ["var(--c3)"] + ["var(--c1)" if v > best * (1 + 1e-4) else "var(--c5)" for v in values[1:]]},
         hovertext=[f"{plain(n)}: {money(v)} {unit}" for n, v in zip(names, values, strict=True)], hoverinfo="text",
     )  # fmt: skip
-    labels = [
-        f"{n}: {money(v)} {unit}" + (f" ({(v - best) / best:+.0%})" if v > best * (1 + 1e-4) else "") for n, v in zip(names, values, strict=True)
-    ]
+    more = [f" ({(v - best) / best:+.0%})" if v > best * (1 + 1e-4) else "" for v in values]
+    labels = [f"{n}: {money(v)} {unit}{extra}" for n, v, extra in zip(names, values, more, strict=True)]
     _bar_labels(figure, labels, shown=0.2)
     return figure

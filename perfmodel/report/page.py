@@ -72,7 +72,7 @@ def render(run: PlanRun, source: Path) -> str:
     charts: dict[str, Any] = {}
     before: list[dict[str, Any]] = []
     after: list[dict[str, Any]] = []
-    panels = [
+    panels: list[dict[str, Any]] = [
         {"id": _slug(f"load-{p.workload.load:g}"), "load": p.workload.load, "rate": p.workload.rate, "sections": []}
         for p in run.plans
     ]

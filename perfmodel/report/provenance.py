@@ -44,17 +44,17 @@ def blocks(run: PlanRun) -> list[Block]:
 
 def _sources(found: list[tuple[str, Source]]) -> Table:
     rows = [
-        (name, Cell(s.title, link=s.url if s.url and s.url.startswith(("https://", "http://")) else None), s.date or "–", s.note or "")
+        (name, Cell(s.title, link=s.url if (s.url or "").startswith(("https://", "http://")) else None), s.date or "–",
+         s.note or "")
         for name, s in dict.fromkeys(found)
-    ]
+    ]  # fmt: skip
     return Table("Documents the datasheets cite", ("of", "document", "date", "note"), tuple(rows))
 
 
 def _parameters(name: str, m: Machine) -> Table:
-    rows = [
-        (key, number(float(getattr(m, key)), 4), _spread(m.sigma.get(key)), evidence) for key, evidence in m.evidence.items()
-    ]  # fmt: skip
-    return Table(f"{m.device.title} in {name}", ("parameter", "value [SI]", "spread (one sigma)", "evidence"), tuple(rows), (1, 2))
+    rows = [(key, number(float(getattr(m, key)), 4), _spread(m.sigma.get(key)), x) for key, x in m.evidence.items()]
+    columns = ("parameter", "value [SI]", "spread (one sigma)", "evidence")
+    return Table(f"{m.device.title} in {name}", columns, tuple(rows), (1, 2))
 
 
 def _law(run: PlanRun) -> Table:

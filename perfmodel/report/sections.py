@@ -43,10 +43,8 @@ def headline(run: PlanRun, p: Plan, *, days: int = 30) -> list[Block]:
         ("Latency limits", f"{met} of {len(limited)} met", "in the replay of the requests"),
         ("Proof", d["status"], f"gap {percent(d['gap'], 2)} to the proven bound"),
     ]  # fmt: skip
-    buy = [
-        f"{n['count']:,} × {n['node']}" + (f" at {money(n['price_usd_per_hour'])} USD/h" if n["price_usd_per_hour"] is not None else "")
-        for n in d["nodes"]
-    ]  # fmt: skip
+    prices = ["" if n["price_usd_per_hour"] is None else f" at {money(n['price_usd_per_hour'])} USD/h" for n in d["nodes"]]
+    buy = [f"{n['count']:,} × {n['node']}{price}" for n, price in zip(d["nodes"], prices, strict=True)]
     runs = [
         f"{letter(i)}: {x.replicas:,} × {layout(x)}, {number(x.rate, 4)} requests/s of {tokens(y['input_tokens'])} input tokens"
         for i, (x, y) in enumerate(zip(p.pools, d["pools"], strict=True))
@@ -71,6 +69,14 @@ def plan(run: PlanRun, p: Plan) -> list[Block]:
     return found + ([Items("Beware", tuple(beware), "warn")] if beware else [])
 
 
+_ROOFLINE = (
+    "Solid lines are the datasheet's roofs, dotted ones what large kernels reach. Left of a ridge an operator waits for memory, "
+    "right of it for the matrix units; the further below the roof, the more is lost to small shapes, launches and latency. "
+    "Circles are prefill, diamonds decode; letters are pools; area is the share of the step. Collectives, norms and casts "
+    "multiply no matrices: see the table."
+)
+
+
 @section("roofline")
 def roofline(run: PlanRun, p: Plan) -> list[Block]:
     """One roofline a device type, with the operators of its pools' steps; every operator as a table."""
@@ -87,9 +93,7 @@ def roofline(run: PlanRun, p: Plan) -> list[Block]:
         )
         found.append(Chart(
             f"Roofline of {m.device.title} in {node}", figures.roofline(m, mine),
-            "Solid lines are the datasheet's roofs, dotted ones what large kernels reach. Left of a ridge an operator waits for memory, right of "
-            "it for the matrix units; the further below the roof, the more is lost to small shapes, launches and latency. Circles are prefill, "
-            "diamonds decode; letters are pools; area is the share of the step. Collectives, norms and casts multiply no matrices: see the table.",
+            _ROOFLINE if not found else "Read as above.",
             f"Roofline of {m.device.name}, memory {number(m.bandwidth / 1e12)} TB/s. Largest operators: {told}.",
         ))  # fmt: skip
     return [*found, Fold("Every operator, in numbers", tuple(tables.operators(s) for s in every))]
@@ -113,11 +117,11 @@ def breakdown(run: PlanRun, p: Plan) -> list[Block]:
     plain_groups = {g: g for g in series.GROUPS}
     return [
         Chart("Time by part of the model", figures.stacked(labels, totals, groups, plain_groups, figures.GROUP_COLOURS),
-              "Each bar is one step of one pool, split by what it computes. Parts add up to the step's time, written above the bar.",
+              "Each bar is one step of one pool, split by what it computes. Parts add up to the step's time, above the bar.",
               told(groups, plain_groups)),
         Chart("Time by what it waits for", figures.stacked(labels, totals, resources, series.RESOURCES, figures.RESOURCE_COLOURS),
-              "The same steps, split by the resource that is busy longest in each operator; launches and fixed latencies count on their own. "
-              "A faster part helps at most by its share.", told(resources, series.RESOURCES)),
+              "The same steps, split by the resource that is busy longest in each operator; launches and fixed latencies count "
+              "on their own. A faster part helps at most by its share.", told(resources, series.RESOURCES)),
     ]  # fmt: skip
 
 
@@ -164,13 +168,14 @@ def memory(run: PlanRun, p: Plan) -> list[Block]:
     capacities = [x.column.estimator.machine.capacity for x in p.pools]
     labels = pool_names(p.pools)
     told = "; ".join(
-        f"{label}: weights {number(x['weights'] / 1e9)} GB, keys and values {number(x['cached'] / 1e9)} GB, free {number(x['free'] / 1e9)} GB "
-        f"of {number(c / 1e9)} GB" for label, x, c in zip(labels, parts, capacities, strict=True)
+        f"{label}: weights {number(x['weights'] / 1e9)} GB, keys and values {number(x['cached'] / 1e9)} GB, "
+        f"free {number(x['free'] / 1e9)} GB of {number(c / 1e9)} GB"
+        for label, x, c in zip(labels, parts, capacities, strict=True)
     )  # fmt: skip
     return [Chart(
         "Memory of one device", figures.memory(labels, parts, capacities),
-        "The red mark is what a program can allocate. Keys and values in use are their mean plus two standard deviations at this load; what "
-        "is left to the system is the share the engine does not plan with.", told,
+        "The red mark is what a program can allocate. Keys and values in use are their mean plus two standard deviations at this "
+        "load; what is left to the system is the share the engine does not plan with.", told,
     )]  # fmt: skip
 
 
@@ -187,12 +192,15 @@ def replay(run: PlanRun, p: Plan) -> list[Block]:
         whole = series.cumulative([(v, x.weight) for x, v in values])
         parts = [(places[id(x.pool)], *series.cumulative([(v, 1.0)])) for x, v in values]
         checks = [c for c in p.data["percentiles"] if c["metric"] == metric]
-        told = "; ".join(f"{c['percentile']} replayed {seconds(c['replayed_s'])}, closed form {seconds(c['promised_s'])}" for c in checks)
+        told = "; ".join(
+            f"{c['percentile']} replayed {seconds(c['replayed_s'])}, closed form {seconds(c['promised_s'])}" for c in checks
+        )
         found.append(Chart(
             f"{METRICS[metric]}, replayed and in closed form",
             figures.distribution(metric, whole, parts, series.closed_form(p, metric), getattr(goals, metric)),
-            "Share of requests that are served within a time. A limit holds when the thick line crosses the dotted share before the red limit. "
-            "The dashed line is what the planner counted with.", f"Cumulative distribution of {METRICS[metric]}: {told}.",
+            "Share of requests that are served within a time. A limit holds when the thick line crosses the dotted share before "
+            "the red limit. The dashed line is what the planner counted with.",
+            f"Cumulative distribution of {METRICS[metric]}: {told}.",
         ))  # fmt: skip
     sizes = ", ".join(f"pool {letter(places[id(x.pool)])} {x.outcome.ttft.size:,}" for x in p.replayed)
     lost = sum(x.outcome.preempted for x in p.replayed)
@@ -206,13 +214,19 @@ def workload(run: PlanRun, p: Plan, *, bins: int = 60) -> list[Block]:
     w = p.workload
     starts, rates = series.arrivals(p, bins)
     inputs, outputs = series.lengths(w.requests.input), series.lengths(w.requests.output)
+    r = w.requests
+    told = (
+        f"{w.described}; {number(w.rate, 4)} requests/s, "
+        f"squared coefficient of variation of the gaps {number(w.dispersion)} (Poisson: 1)."
+    )
     return [
-        Items("", (f"{w.described}; {number(w.rate, 4)} requests/s, squared coefficient of variation of the gaps {number(w.dispersion)} (Poisson: 1).",)),
-        Chart("Arrivals", figures.arrivals(starts, rates, w.rate), "Requests that arrive in each slice of the window that was replayed.",
+        Items("", (told,)),
+        Chart("Arrivals", figures.arrivals(starts, rates, w.rate),
+              "Requests that arrive in each slice of the window that was replayed.",
               f"Between {number(float(rates.min()))} and {number(float(rates.max()))} requests/s, mean {number(w.rate)}."),
         Chart("Lengths", figures.lengths(inputs, outputs, p.buckets),
               "Share of requests in logarithmic bins of tokens. Dotted lines part the buckets that a router can tell apart.",
-              f"Mean input {number(float(w.requests.input.mean()), 4)}, mean output {number(float(w.requests.output.mean()), 4)} tokens."),
+              f"Mean input {number(float(r.input.mean()), 4)}, mean output {number(float(r.output.mean()), 4)} tokens."),
         tables.buckets(p),
     ]  # fmt: skip
 
@@ -225,15 +239,16 @@ def why(run: PlanRun, p: Plan) -> list[Block]:
     able = sorted((a["objective"], a["name"]) for a in d["alternatives"] if a["objective"] is not None)
     names, values = ["this plan", *(n for _, n in able)], [best, *(v for v, _ in able)]
     proof = (
-        f"{d['solver']['name']}: {d['status']}, {money(best)} {unit}, proven bound {money(d['bound'])}, gap {percent(d['gap'], 2)}, over "
-        f"{d['optimal_over']}. The proof holds for these columns, not beyond them."
+        f"{d['solver']['name']}: {d['status']}, {money(best)} {unit}, proven bound {money(d['bound'])}, "
+        f"gap {percent(d['gap'], 2)}, over {d['optimal_over']}. The proof holds for these columns, not beyond them."
     )
+    told = "; ".join(f"{n}: {money(v)} {unit}" for n, v in zip(names, values, strict=True))
     refused = tables.rejected(p)
     found: list[Block] = [
         tables.binding(d),
         Chart("Cost of the alternatives", figures.alternatives(names, values, best, unit),
-              "The same load, solved again with one choice taken away. A bar as long as the first says the choice does not matter at this load, "
-              "because nodes are bought whole.", "; ".join(f"{n}: {money(v)} {unit}" for n, v in zip(names, values, strict=True))),
+              "The same load, solved again with one choice taken away. A bar as long as the first says the choice makes no "
+              "difference at this load, because nodes are bought whole.", told),
         tables.alternatives(d), Items("Proof", (proof,)), tables.rounds(d),
     ]  # fmt: skip
     return [*found, Fold(f"{len(refused.rows)} layouts refused for some or all lengths", (refused,))] if refused.rows else found
@@ -247,12 +262,12 @@ def uncertainty(run: PlanRun, p: Plan, *, parameters: int = 4) -> list[Block]:
         x = p.pools[s.pool].column.estimator.parts(s.batch, s.new, s.context, is_decode=s.is_decode)
         most = sorted(x.sensitivity.items(), key=lambda kv: -abs(kv[1]))[:parameters]
         rows.append((
-            f"{letter(s.pool)} {s.described}", seconds(x.seconds), f"{seconds(x.interval[0])}–{seconds(x.interval[1])}", seconds(x.lower),
-            seconds(x.upper), ", ".join(f"{k} ({v:+.1%})" for k, v in most),
+            f"{letter(s.pool)} {s.described}", seconds(x.seconds), f"{seconds(x.interval[0])}–{seconds(x.interval[1])}",
+            seconds(x.lower), seconds(x.upper), ", ".join(f"{k} ({v:+.1%})" for k, v in most),
         ))  # fmt: skip
     return [Table(
         "Steps, their error bands and what the bands come from",
-        ("step", "expected", "p10–p90", "no step is faster", "without overlap", "one standard deviation of a parameter moves it by"),
+        ("step", "expected", "p10–p90", "no step is faster", "without overlap", "one standard deviation moves it by"),
         tuple(rows), (1, 2, 3, 4),
     )]  # fmt: skip
 

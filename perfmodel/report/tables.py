@@ -55,15 +55,14 @@ def loads(plans: Sequence[dict[str, Any]]) -> Table:
         rows.append((
             f"×{d['workload']['load']:g}", number(d["workload"]["rate_per_s"]),
             " + ".join(f"{n['count']} × {n['node']}" for n in d["nodes"]), f"{d['devices']:,} ({d['devices_busy']:,})",
-            money(d["cost_usd_per_hour"]), money(d["usd_per_million_output_tokens"]), percent(worst) if worst is not None else "–",
+            money(d["cost_usd_per_hour"]), money(d["usd_per_million_output_tokens"]), "–" if worst is None else percent(worst),
             Cell("FAIL", "fail") if failed else Cell("PASS", "pass"),
         ))  # fmt: skip
-    return Table(
-        "Plans by load",
-        ("load", "requests/s", "buy", "devices (busy)", "USD/h", "USD per million output tokens", "tightest latency, of its limit",
-         "limits"),
-        tuple(rows), (1, 3, 4, 5, 6),
+    columns = (
+        "load", "requests/s", "buy", "devices (busy)", "USD/h", "USD per million output tokens", "tightest latency, of its limit",
+        "limits",
     )  # fmt: skip
+    return Table("Plans by load", columns, tuple(rows), (1, 3, 4, 5, 6))
 
 
 def pools(data: dict[str, Any]) -> Table:
@@ -73,9 +72,8 @@ def pools(data: dict[str, Any]) -> Table:
          f"{x['devices']:,}", f"{x['weight_dtype']} / {x['kv_dtype']}", number(x["requests_per_s"], 4), tokens(x["input_tokens"]))
         for i, x in enumerate(data["pools"])
     ]  # fmt: skip
-    return Table(
-        "Pools", ("pool", "instances", "layout", "node", "devices", "weights / KV", "requests/s", "input tokens"), tuple(rows), (4, 6, 7)
-    )
+    columns = ("pool", "instances", "layout", "node", "devices", "weights / KV", "requests/s", "input tokens")
+    return Table("Pools", columns, tuple(rows), (4, 6, 7))
 
 
 def operating_points(p: Plan, goals: Objectives) -> Table:
@@ -84,14 +82,15 @@ def operating_points(p: Plan, goals: Objectives) -> Table:
     names = {metric: series.strictest(getattr(goals, metric))[0] for metric in METRICS}
     rows = []
     for i, (pool, x) in enumerate(zip(p.pools, p.data["pools"], strict=True)):
-        own = {
-            metric: seconds(seen[id(pool)].percentile(metric, percentile(names[metric]))) if id(pool) in seen and x["role"] != skip else "–"
-            for metric, skip in (("ttft", "decode"), ("tpot", "prefill"))
-        }
+        prefills, decodes, outcome = x["role"] != "decode", x["role"] != "prefill", seen.get(id(pool))
+        first, further = (
+            seconds(outcome.percentile(metric, percentile(names[metric]))) if has and outcome is not None else "–"
+            for metric, has in (("ttft", prefills), ("tpot", decodes))
+        )
         rows.append((
-            letter(i), number(x["requests_per_s_per_replica"], 4),
-            percent(x["prefill_utilisation"]) if x["role"] != "decode" else "–", number(x["batch"]) if x["role"] != "prefill" else "–",
-            seconds(x["step_s"]) if x["role"] != "prefill" else "–", percent(x["kv_share"]), own["ttft"], own["tpot"], x["limited_by"],
+            letter(i), number(x["requests_per_s_per_replica"], 4), percent(x["prefill_utilisation"]) if prefills else "–",
+            number(x["batch"]) if decodes else "–", seconds(x["step_s"]) if decodes else "–", percent(x["kv_share"]),
+            first, further, x["limited_by"],
         ))  # fmt: skip
     return Table(
         "One instance of each pool",
@@ -105,16 +104,15 @@ def nodes(p: Plan, today: date) -> Table:
     """What is bought, and where its price is from."""
     rows: list[tuple[str | Cell, ...]] = []
     for n in p.data["nodes"]:
-        price, (day, days) = n["price_usd_per_hour"], age(n["price_source"], today)
-        stale = Cell(f"{day}, {days} days old" if days is not None else "–", "warn" if stale_price(n["node"], n["price_source"]) else "")
+        price, most, source = n["price_usd_per_hour"], n["max_nodes"], n["price_source"]
+        day, days = age(source, today)
+        stale = Cell(f"{day}, {days} days old" if days is not None else "–", "warn" if stale_price(n["node"], source) else "")
         rows.append((
-            n["node"], f"{n['count']:,}", f"{n['devices']:,}", "–" if n["max_nodes"] is None else f"{n['max_nodes']:,}", money(price),
-            money(price * n["count"]) if price is not None else "–", n["price_source"], stale,
+            n["node"], f"{n['count']:,}", f"{n['devices']:,}", "–" if most is None else f"{most:,}", money(price),
+            money(price * n["count"]) if price is not None else "–", source, stale,
         ))  # fmt: skip
-    return Table(
-        "Nodes to buy or rent",
-        ("node", "count", "devices", "at most", "USD/h each", "USD/h together", "source of the price", "dated"), tuple(rows), (1, 2, 3, 4, 5),
-    )  # fmt: skip
+    columns = ("node", "count", "devices", "at most", "USD/h each", "USD/h together", "source of the price", "dated")
+    return Table("Nodes to buy or rent", columns, tuple(rows), (1, 2, 3, 4, 5))
 
 
 def stale_price(node: str, source: str) -> str:
@@ -135,10 +133,8 @@ def buckets(p: Plan) -> Table:
          number(float(b.input.mean()), 4), number(float(b.output.mean()), 4))
         for b, w in zip(p.buckets, work, strict=True)
     ]  # fmt: skip
-    return Table(
-        "Buckets of input length",
-        ("input tokens", "share of requests", "share of input tokens", "requests/s", "mean input", "mean output"), tuple(rows), (0, 1, 2, 3, 4, 5),
-    )  # fmt: skip
+    columns = ("input tokens", "share of requests", "share of input tokens", "requests/s", "mean input", "mean output")
+    return Table("Buckets of input length", columns, tuple(rows), (0, 1, 2, 3, 4, 5))
 
 
 def operators(step: series.Step) -> Table:
@@ -146,8 +142,9 @@ def operators(step: series.Step) -> Table:
     rows = []
     for row in sorted(step.rows, key=lambda r: -r["share"]):
         rows.append((
-            row["name"], row["part"], f"{row['times']:,.0f}", row["dtype"] or "–", number(row["flops"] / 1e9), number(row["bytes"] / 1e6),
-            number(row["intensity"]), number(row["achieved"] / 1e12) if row["flops"] else "–", seconds(row["seconds"]),
+            row["name"], row["part"], f"{row['times']:,.0f}", row["dtype"] or "–", number(row["flops"] / 1e9),
+            number(row["bytes"] / 1e6), number(row["intensity"]), number(row["achieved"] / 1e12) if row["flops"] else "–",
+            seconds(row["seconds"]),
             percent(row["share"], 1), series.RESOURCES.get(row["bound_by"], "–"),
         ))  # fmt: skip
     return Table(
@@ -196,13 +193,15 @@ def rejected(p: Plan) -> Table:
         low, high = (0, len(p.buckets) - 1) if whole else (min(r.buckets), max(r.buckets))
         spans.setdefault(label, "any length" if whole else f"{tokens([p.buckets[low].low, p.buckets[high].high])} tokens")
     rows = [(label, spans[label], reason, f"{count[label]}") for label, reason in first.items()]
-    return Table(
-        "Layouts refused before the integer program", ("layout", "for", "first reason", "sets of lengths refused"), tuple(rows), (3,)
-    )
+    columns = ("layout", "for", "first reason", "sets of lengths refused")
+    return Table("Layouts refused before the integer program", columns, tuple(rows), (3,))
 
 
 def rounds(data: dict[str, Any]) -> Table:
     """Plan, replay, tighten, plan again."""
-    rows = [(f"{r['round']}", money(r["objective"]), money(r["bound"]), ", ".join(r["missed"]) or "nothing") for r in data["rounds"]]
+    rows = [
+        (f"{r['round']}", money(r["objective"]), money(r["bound"]), ", ".join(r["missed"]) or "nothing") for r in data["rounds"]
+    ]
     unit = OBJECTIVE_UNITS[data["objective"]]
-    return Table("Rounds of plan and replay", ("round", f"objective [{unit}]", f"proven bound [{unit}]", "missed in replay"), tuple(rows), (0, 1, 2))
+    columns = ("round", f"objective [{unit}]", f"proven bound [{unit}]", "missed in replay")
+    return Table("Rounds of plan and replay", columns, tuple(rows), (0, 1, 2))

@@ -1,0 +1,187 @@
+"""The integer program against brute force, a second solver, and the estimator's own numbers."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from pathlib import Path
+
+import highspy
+import numpy as np
+import pulp
+import pytest
+
+from perfmodel import memory
+from perfmodel.planner import constraints, solver
+from perfmodel.planner.columns import Column, Enumerator
+from perfmodel.planner.offer import Offer, offers
+from perfmodel.planner.run import plan
+from perfmodel.serving.workload import buckets, build
+from perfmodel.spec import yaml
+from perfmodel.spec.plan import PlanFile
+
+TWO_NODES = """
+model: llama-3.1-8b
+workload:
+  trace: {{file: two.csv, columns: {{input: input_len, output: output_len}}}}
+  rate: mean
+  objectives: {{ttft: {{p95: 1 s}}, tpot: {{p95: 40 ms}}}}
+fleet:
+  - {{node: l40s-server-4, max_nodes: 3, price: {l40s} USD/h}}
+  - {{node: hgx-a100-8, max_nodes: 2, price: 12 USD/h}}
+choices: {{roles: {roles}, tp: [1, 2]}}
+objective: {objective}
+"""
+
+
+def write_plan(folder: Path, objective: str = "cost", roles: str = "[colocated]", l40s: float = 4.0, rate: float = 30) -> Path:
+    """A plan file with a two-length trace of `rate` requests/s."""
+    rng = np.random.default_rng(7)
+    n = 1500
+    arrival = np.cumsum(rng.exponential(1 / rate, n))
+    long = rng.random(n) < 0.3
+    rows = [f"{a:.4f},{3000 if b else 300},{80 if b else 160}" for a, b in zip(arrival, long, strict=True)]
+    (folder / "two.csv").write_text("arrival_s,input_len,output_len\n" + "\n".join(rows) + "\n")
+    path = folder / f"plan-{objective}.yaml"
+    path.write_text(TWO_NODES.format(objective=objective, roles=roles, l40s=l40s))
+    return path
+
+
+def program_parts(path: Path, keep: int) -> tuple[list[Column], list[Offer], list[float], str]:
+    spec = yaml.validate(yaml.read(path), PlanFile)
+    workload = build(spec.workload, path.parent, 1, 1)
+    groups = buckets(workload, 2)
+    fleet = offers(spec.fleet, spec.objective, str(path), {})
+    found = Enumerator(spec.model, fleet, spec.choices, spec.workload.objectives, workload, groups, {})
+    columns = found.select()
+    # A few of each node type keep brute force small; the widest first.
+    chosen = []
+    for offer in fleet:
+        mine = sorted((c for c in columns if c.offer is offer), key=lambda c: (-len(c.buckets), c.layout.tp))
+        chosen += mine[:keep]
+    return chosen, fleet, [workload.rate * b.share for b in groups], spec.objective
+
+
+def feasible(columns: list[Column], counts: tuple[int, ...], rates: list[float]) -> bool:
+    """Whether some split of the load fits these instances: an LP written from the rows' meaning, not from our builder."""
+    h = highspy.Highs()
+    h.setOptionValue("output_flag", False)
+    names = [(c, k) for c, column in enumerate(columns) for k in column.buckets if counts[c]]
+    for _ in names:
+        h.addVar(0, highspy.kHighsInf)
+    for k, rate in enumerate(rates):
+        mine = [i for i, (_, bucket) in enumerate(names) if bucket == k]
+        h.addRow(rate, rate, len(mine), mine, [1.0] * len(mine))
+    for c, column in enumerate(columns):
+        for demand, room in (
+            (column.prefill_s, column.state.utilisation),
+            (column.decode_s, column.state.batch),
+            (column.kv_token_s, column.kv_limit),
+        ):
+            mine = [i for i, (owner, _) in enumerate(names) if owner == c]
+            h.addRow(-highspy.kHighsInf, room * counts[c] * (1 + 1e-9), len(mine), mine, [demand[names[i][1]] for i in mine])
+    h.run()
+    return bool(h.getModelStatus() == highspy.HighsModelStatus.kOptimal)
+
+
+def brute_force(columns: list[Column], fleet: list[Offer], rates: list[float], objective: str) -> float:
+    """Smallest objective over every combination of node and instance counts."""
+    best = math.inf
+    limits = [o.max_nodes or 0 for o in fleet]
+    for nodes in itertools.product(*(range(m + 1) for m in limits)):
+        if objective == "energy":
+            fixed = sum(o.machine.node_overhead_power * n for o, n in zip(fleet, nodes, strict=True))
+        else:
+            fixed = sum(((o.price or 0) * 3600 if objective == "cost" else o.devices) * n for o, n in zip(fleet, nodes, strict=True))
+        if fixed >= best:
+            continue
+        room = [o.devices * n for o, n in zip(fleet, nodes, strict=True)]
+        most = [room[fleet.index(c.offer)] // c.layout.devices for c in columns]
+        for counts in itertools.product(*(range(m + 1) for m in most)):
+            used = [sum(n * c.layout.devices for n, c in zip(counts, columns, strict=True) if c.offer is o) for o in fleet]
+            if any(u > r for u, r in zip(used, room, strict=True)):
+                continue
+            total = fixed
+            if objective == "energy":
+                total += sum(n * (c.power_w or 0) for n, c in zip(counts, columns, strict=True))
+            if total < best - 1e-9 and feasible(columns, counts, rates):
+                best = total
+    return best
+
+
+@pytest.mark.parametrize("objective", ["cost", "devices", "energy"])
+def test_brute_force_agrees(objective: str, tmp_path: Path) -> None:
+    keep = 1 if objective == "energy" else 2
+    columns, fleet, rates, _ = program_parts(write_plan(tmp_path, objective), keep)
+    assert len({c.layout.node for c in columns}) == 2
+    ours = solver.solve(constraints.build(columns, fleet, rates, objective).problem, gap=1e-6)
+    assert ours.status == "optimal"
+    assert ours.objective == pytest.approx(brute_force(columns, fleet, rates, objective), rel=1e-5)
+    assert ours.bound <= ours.objective * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("roles", ["[colocated]", "[colocated, prefill, decode]"])
+def test_cbc_agrees_with_highs(roles: str, tmp_path: Path) -> None:
+    try:
+        solver.cbc()
+    except pulp.PulpSolverError as error:
+        pytest.skip(str(error))
+    columns, fleet, rates, objective = program_parts(write_plan(tmp_path, roles=roles), 6)
+    one = solver.solve(constraints.build(columns, fleet, rates, objective).problem)
+    two = solver.solve(constraints.build(columns, fleet, rates, objective).problem, solver="cbc")
+    assert one.objective == pytest.approx(two.objective, rel=1e-3)
+
+
+def test_objective_is_what_the_estimator_and_the_prices_say(tmp_path: Path) -> None:
+    run = plan(write_plan(tmp_path))
+    p, d = run.plans[0], run.data
+    # Prices of the file times the nodes bought.
+    prices = {"l40s-server-4": 4.0, "hgx-a100-8": 12.0}
+    assert d["cost_usd_per_hour"] == pytest.approx(sum(prices[n["node"]] * n["count"] for n in d["nodes"]))
+    assert d["objective_value"] == pytest.approx(d["cost_usd_per_hour"], rel=1e-4)
+    assert d["bound"] <= d["objective_value"] * (1 + 1e-6)
+    assert sum(x.rate for x in p.pools) == pytest.approx(p.workload.rate, rel=1e-6)
+    for pool in p.pools:
+        e = pool.column.estimator
+        # The step time at the pool's batch, from the estimator itself.
+        batch = max(round(pool.state.batch), 1)
+        step = float(e.decode(batch, pool.mix.context))
+        assert pool.column.instance.clock.decode(batch, batch * pool.mix.context) == pytest.approx(step, rel=0.03)
+        assert pool.state.pure_step == pytest.approx(step, rel=0.1)
+        held = float(memory.cache_bytes(e.model, e.par, e.formats, pool.state.batch, pool.mix.context))
+        assert held <= e.kv_free
+        # Little's law: requests in decode = rate x steps x seconds per step.
+        rate = pool.rate / pool.replicas
+        assert pool.state.batch == pytest.approx(rate * pool.mix.mean(pool.mix.steps) * pool.state.step, rel=0.02)
+    for node in d["nodes"]:
+        used = sum(x["devices"] for x in d["pools"] if x["hardware"] == node["node"])
+        assert used <= node["devices"]
+        assert node["count"] <= node["max_nodes"]
+
+
+def test_flows_are_conserved_between_prefill_and_decode(tmp_path: Path) -> None:
+    path = write_plan(tmp_path, roles="[prefill, decode]")
+    p = plan(path).plans[0]
+    inflow = sum(x.rates for x in p.pools if x.column.layout.role == "prefill")
+    outflow = sum(x.rates for x in p.pools if x.column.layout.role == "decode")
+    assert np.allclose(inflow, outflow, rtol=1e-5)
+    assert float(np.sum(inflow)) == pytest.approx(p.workload.rate, rel=1e-6)
+
+
+def test_shadow_price_is_the_slope_of_the_relaxed_cost(tmp_path: Path) -> None:
+    columns, fleet, rates, objective = program_parts(write_plan(tmp_path, rate=10), 6)
+    base = solver.solve(constraints.build(columns, fleet, rates, objective, relaxed=True).problem)
+    for k in range(len(rates)):
+        more = [r + (1e-3 if i == k else 0.0) for i, r in enumerate(rates)]
+        moved = solver.solve(constraints.build(columns, fleet, more, objective, relaxed=True).problem)
+        assert (moved.objective - base.objective) / 1e-3 == pytest.approx(base.duals[f"serve_{k}"], rel=1e-3)
+
+
+def test_alternatives_carry_a_price_or_a_reason(tmp_path: Path) -> None:
+    d = plan(write_plan(tmp_path)).data
+    assert {a["name"] for a in d["alternatives"]} >= {"only l40s-server-4", "only hgx-a100-8"}
+    for a in d["alternatives"]:
+        if a["objective"] is None:
+            assert any(ch.isdigit() for ch in a["reason"]), a
+        else:
+            assert a["objective"] >= d["objective_value"] * (1 - 1e-3)
