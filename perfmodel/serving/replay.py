@@ -116,19 +116,22 @@ class _Instance:
             return
         batch = len(self.decoding)
         self.now += self.clock.step(batch, self.context, [(q, item.done) for item, q in chunks])
-        self._advance(1)
+        prefilled = []
         for item, q in chunks:
             item.done += q
             if item.done >= item.prompt:
-                self.waiting.popleft()
-                self.reserved -= item.prompt
-                if math.isnan(self.first[item.index]):
-                    self.first[item.index] = self.now
-                item.left -= 1
-                if item.left <= 0 or self.prefill_only:
-                    self.finish[item.index] = self.now
-                else:
-                    self._join(item)
+                # Before anything is preempted, which goes to the head of the queue.
+                prefilled.append(self.waiting.popleft())
+        self._advance(1)
+        for item in prefilled:
+            self.reserved -= item.prompt
+            if math.isnan(self.first[item.index]):
+                self.first[item.index] = self.now
+            item.left -= 1
+            if item.left <= 0 or self.prefill_only:
+                self.finish[item.index] = self.now
+            else:
+                self._join(item)
 
     def _join(self, item: _Waiting) -> None:
         """A sequence starts to decode: its next step attends prompt + 1 tokens."""
@@ -161,7 +164,7 @@ class _Instance:
         left = mark - self.steps
         held = tokens - left
         self.context -= held
-        self.waiting.appendleft(_Waiting(index, held - 1, 0.0, float(left + 1)))
+        self.waiting.appendleft(_Waiting(index, held, 0.0, float(left)))
         self.preempted += 1
 
     def _decode_run(self) -> None:
