@@ -297,18 +297,18 @@ def memory(labels: Sequence[str], parts: Sequence[Mapping[str, float]], capaciti
 
 
 def distribution(
-    metric: str, whole: tuple[Any, Any], parts: Sequence[tuple[int, Any, Any]], closed: tuple[list[float], list[float]],
+    metric: str, whole: series.Line, parts: Sequence[tuple[int, series.Line]], closed: series.Line,
     limits: Mapping[str, float],
 ) -> go.Figure:  # fmt: skip
     """Cumulative distribution of simulated requests, of each pool and of all, beside the closed form."""
-    every = [float(v) for v in whole[0] if v > 0] + [t for t in closed[0] if t > 0] + list(limits.values())
+    every = [t for t in whole[0] if t > 0] + [t for t in closed[0] if t > 0] + list(limits.values())
     figure = _figure(
         440,
         xaxis=_log_axis(f"{METRICS[metric]} of a request", min(every) / 1.1, max(every) * 1.15, seconds),
         yaxis={"title": {"text": "share of requests at or below"}, "tickformat": ".0%", "range": [0, 1.02]},
     )
     if len(parts) > 1:
-        for pool, x, y in parts:
+        for pool, (x, y) in parts:
             figure.add_scatter(x=x, y=y, mode="lines", name=f"pool {letter(pool)}, replayed", opacity=0.8,
                                line={"color": COLOURS[pool % len(COLOURS)], "width": 1.5, "shape": "hv"},
                                hovertemplate="%{x:.4g} s: %{y:.1%}")  # fmt: skip
@@ -325,19 +325,19 @@ def distribution(
     return figure
 
 
-def arrivals(starts: Any, rates: Any, mean: float) -> go.Figure:
+def arrivals(starts: Sequence[float], rates: Sequence[float], mean: float) -> go.Figure:
     """Requests per second over the window, and their mean."""
     figure = _figure(320, xaxis={"title": {"text": "seconds from the start of the window"}},
                      yaxis={"title": {"text": "requests/s"}, "rangemode": "tozero"}, bargap=0.05)  # fmt: skip
-    width = float(starts[1] - starts[0]) if len(starts) > 1 else 1.0
-    figure.add_bar(x=starts + width / 2, y=rates, name="arrivals", marker={"color": "var(--c5)"},
+    width = starts[1] - starts[0] if len(starts) > 1 else 1.0
+    figure.add_bar(x=[x + width / 2 for x in starts], y=rates, name="arrivals", marker={"color": "var(--c5)"},
                    hovertemplate="%{x:.0f} s: %{y:.3g} requests/s<extra></extra>")  # fmt: skip
     figure.add_scatter(x=[starts[0], starts[-1] + width], y=[mean, mean], mode="lines", line={"color": INK, "dash": "dash"},
                        name=f"mean {number(mean)} requests/s", hoverinfo="skip")  # fmt: skip
     return figure
 
 
-def lengths(inputs: tuple[Any, Any], outputs: tuple[Any, Any], buckets: Sequence[Bucket]) -> go.Figure:
+def lengths(inputs: series.Line, outputs: series.Line, buckets: Sequence[Bucket]) -> go.Figure:
     """Histograms of input and output tokens, with the edges of the input buckets."""
     figure = _figure(
         340, xaxis={"type": "log", "title": {"text": "tokens"}, "dtick": 1},
@@ -347,7 +347,7 @@ def lengths(inputs: tuple[Any, Any], outputs: tuple[Any, Any], buckets: Sequence
         ("input tokens", inputs, "var(--c1)", "solid"), ("output tokens", outputs, "var(--c2)", "dash"),
     ):  # fmt: skip
         figure.add_scatter(
-            x=list(edges), y=[*shares, 0.0], mode="lines", name=name,
+            x=edges, y=[*shares, 0.0], mode="lines", name=name,
             line={"shape": "hv", "color": colour, "width": 2, "dash": dash},
             hovertemplate="from %{x:.0f} tokens: %{y:.1%}",
         )  # fmt: skip

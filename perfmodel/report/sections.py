@@ -190,7 +190,7 @@ def replay(run: PlanRun, p: Plan) -> list[Block]:
         if not values:
             continue
         whole = series.cumulative([(v, x.weight) for x, v in values])
-        parts = [(places[id(x.pool)], *series.cumulative([(v, 1.0)])) for x, v in values]
+        parts = [(places[id(x.pool)], series.cumulative([(v, 1.0)])) for x, v in values]
         checks = [c for c in p.data["percentiles"] if c["metric"] == metric]
         told = "; ".join(
             f"{c['percentile']} replayed {seconds(c['replayed_s'])}, closed form {seconds(c['promised_s'])}" for c in checks
@@ -223,7 +223,7 @@ def workload(run: PlanRun, p: Plan, *, bins: int = 60) -> list[Block]:
         Items("", (told,)),
         Chart("Arrivals", figures.arrivals(starts, rates, w.rate),
               "Requests that arrive in each slice of the window that was replayed.",
-              f"Between {number(float(rates.min()))} and {number(float(rates.max()))} requests/s, mean {number(w.rate)}."),
+              f"Between {number(min(rates))} and {number(max(rates))} requests/s, mean {number(w.rate)}."),
         Chart("Lengths", figures.lengths(inputs, outputs, p.buckets),
               "Share of requests in logarithmic bins of tokens. Dotted lines part the buckets that a router can tell apart.",
               f"Mean input {number(float(r.input.mean()), 4)}, mean output {number(float(r.output.mean()), 4)} tokens."),

@@ -23,6 +23,9 @@ _REFINED = 4  # halvings of the step in which a layout stops being feasible
 _BISECTIONS = 10
 _BEYOND = 3.0  # curves are followed to this multiple of a limit
 
+Line = tuple[list[float], list[float]]
+"""Horizontal and vertical values of a plot."""
+
 
 @dataclass(frozen=True)
 class Step:
@@ -266,19 +269,19 @@ def replayed_values(results: list[Replayed], metric: str) -> list[tuple[Replayed
     return found
 
 
-def cumulative(parts: list[tuple[np.ndarray, float]], most: int = 300) -> tuple[np.ndarray, np.ndarray]:
+def cumulative(parts: list[tuple[np.ndarray, float]], most: int = 300) -> Line:
     """(value, share of requests at or below it), each part's values weighted, thinned to `most` points evenly in share."""
     values = np.concatenate([v for v, _ in parts])
     weights = np.concatenate([np.full(v.size, w) for v, w in parts])
     order = np.argsort(values, kind="stable")
     values, share = values[order], np.cumsum(weights[order]) / weights.sum()
     if values.size <= most:
-        return values, share
+        return values.tolist(), share.tolist()
     picks = np.unique(np.searchsorted(share, np.linspace(share[0], 1.0, most)).clip(0, values.size - 1))
-    return values[picks], share[picks]
+    return values[picks].tolist(), share[picks].tolist()
 
 
-def closed_form(p: Plan, metric: str) -> tuple[list[float], list[float]]:
+def closed_form(p: Plan, metric: str) -> Line:
     """(seconds, share) of the closed form over all requests."""
     shares = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995]
     times = [promised(p.pools, metric, share, p.workload.dispersion) for share in shares]
@@ -286,19 +289,19 @@ def closed_form(p: Plan, metric: str) -> tuple[list[float], list[float]]:
     return [t for t, _ in kept], [s for _, s in kept]
 
 
-def arrivals(p: Plan, bins: int = 60) -> tuple[np.ndarray, np.ndarray]:
+def arrivals(p: Plan, bins: int = 60) -> Line:
     """(bin starts [s], requests/s in each bin) over the window."""
     r = p.workload.requests
     end = max(p.workload.span, float(r.arrival[-1]) if len(r) else 0.0)
     counts, edges = np.histogram(r.arrival, bins=bins, range=(0.0, end or 1.0))
-    return edges[:-1], counts / (edges[1] - edges[0])
+    return edges[:-1].tolist(), (counts / (edges[1] - edges[0])).tolist()
 
 
-def lengths(values: np.ndarray, bins: int = 40) -> tuple[np.ndarray, np.ndarray]:
+def lengths(values: np.ndarray, bins: int = 40) -> Line:
     """(edges, share of requests) over logarithmic bins."""
     low, high = float(values.min()), float(values.max())
     if low == high:
         low, high = low / 2, high * 2
     edges = np.geomspace(low, high * (1 + 1e-9), bins + 1)
     counts, _ = np.histogram(values, bins=edges)
-    return edges, counts / values.size
+    return edges.tolist(), (counts / values.size).tolist()
