@@ -20,6 +20,7 @@ from perfmodel.spec.model import Model, Moe
 from perfmodel.symbols import Num
 
 _P10_P90 = 1.2816  # standard normal quantile of 0.9
+_REMEMBERED = 4096  # shapes whose token-wise cost a built estimator keeps
 _ROWS = 32_768  # configurations evaluated at once: arrays stay in the processor's cache
 
 
@@ -125,6 +126,7 @@ class Estimator:
         if mem_fraction is not None and not 0 < mem_fraction <= 1:
             raise SpecError(f"--mem-fraction must lie in (0, 1], got {mem_fraction}")
         self.mem_fraction = mem_fraction
+        self._remembered: dict[tuple[float, float, bool], roofline.Cost] = {}
 
     def prefill(self, batch: Num, new_tokens: Num, context: Num = 0) -> Any:
         """Seconds of one unchunked pass over `batch` sequences of `new_tokens`, on top of `context` cached tokens."""
@@ -163,8 +165,10 @@ class Estimator:
 
     def _rows(self, batch: Any, new: Any, context: Any, *, is_decode: bool) -> Any:
         if batch.size == 1:
+            fixed = self._token_wise(float(batch[0]), float(new[0]), is_decode)
             phase = self._phase(batch[0], new[0], context[0], is_decode)
-            total = roofline.cost(self.lower(phase).schedule, self.machine)
+            varying = roofline.cost(self.lower(phase).schedule, self.machine, contextual=True)
+            total = roofline.Cost(fixed.seconds + varying.seconds, fixed.launches + varying.launches)
             return self._finish(total, batch, new, is_decode, self.machine)
         key = batch * 1e8 + new
         _, first, back = np.unique(key, return_index=True, return_inverse=True)
@@ -177,6 +181,16 @@ class Estimator:
             per_shape.launches + per_row.launches,
         )
         return self._finish(total, batch, new, is_decode, self.machine)
+
+    def _token_wise(self, batch: float, new: float, is_decode: bool) -> roofline.Cost:
+        """What does not depend on the context, remembered: schedulers ask for the same shapes again and again."""
+        key = (batch, new, is_decode)
+        if key not in self._remembered:
+            if len(self._remembered) >= _REMEMBERED:
+                self._remembered.clear()
+            schedule = self.lower(self._phase(batch, new, 0.0, is_decode)).schedule
+            self._remembered[key] = roofline.cost(schedule, self.machine, contextual=False)
+        return self._remembered[key]
 
     def _phase(self, batch: Num, new: Num, context: Num, is_decode: bool) -> graph.Phase:
         n = batch / self._micro(batch)

@@ -11,7 +11,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def browser() -> Iterator[Any]:
-    """A selenium driver. `browser.get(path.as_uri())`, then `browser.get_log("browser")` for what the page complained of."""
+    """A selenium driver. `browser.get(path.as_uri())`, then `browser.get_log("browser")` for what the page complained of,
+    and `browser.get_log("performance")` for what it asked the network for."""
     paths = need.chromium()
     from selenium import webdriver
 
@@ -20,7 +21,7 @@ def browser() -> Iterator[Any]:
     # no-sandbox: the sandbox refuses to run as root; dev-shm: containers have a small one.
     for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1280,900"):
         options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(executable_path=paths.driver))
     yield driver
     driver.quit()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from perfmodel.planner.run import PlanRun, plan
 from perfmodel.report import page
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from perfmodel import graph, prices, roofline, schedule
 from perfmodel.ops.shard import Group
 from perfmodel.planner.run import Plan, PlanRun
@@ -288,8 +289,11 @@ def test_another_state_makes_other_plots(run: PlanRun, shown: Any, tmp_path: Pat
         before, after = (trace(s, "replay", nth, "all requests, replayed")["x"] for s in (shown, changed))
         assert after == pytest.approx([2 * x for x in before], rel=1e-4)
     before, after = (trace(s, "roofline", 0, "A decode") for s in (shown, changed))
-    # Decode reads the same weights for twice the sequences: up to twice the intensity.
-    heaviest = int(np.argmax(before["marker"]["size"]))
-    assert 1.5 < after["x"][heaviest] / before["x"][heaviest] <= 2.0
+    place = {name: next(i for i, t in enumerate(before["hovertext"]) if f"<b>{name}</b>" in t) for name in ("gate_up_proj", "attention")}
+    # A product reads the same weights for twice the sequences: nearly twice the intensity.
+    assert 1.5 < after["x"][place["gate_up_proj"]] / before["x"][place["gate_up_proj"]] <= 2.0
+    # Attention reads keys and values for each: 4 query heads a KV head x 4 d FLOP over 2 x 2 d byte = 4, whatever the batch.
+    for figure in (before, after):
+        assert figure["x"][place["attention"]] == pytest.approx(4.0, rel=0.01)
     assert trace(changed, "breakdown", 0, "attention")["x"][1] > trace(shown, "breakdown", 0, "attention")["x"][1]
     assert trace(changed, "frontier", 0, "pool A")["x"] != trace(shown, "frontier", 0, "pool A")["x"]

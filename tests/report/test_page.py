@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from perfmodel.errors import SpecError
 from perfmodel.planner.run import PlanRun
 from perfmodel.report import page
