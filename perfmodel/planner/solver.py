@@ -6,6 +6,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass, field
+from typing import Any
 
 import pulp
 
@@ -43,14 +44,16 @@ def solve(
     else:
         engine = cbc(time_limit, gap)
         name = "CBC"
-    problem.solve(engine)
+    stats = problem.solve(engine)
     seconds = time.perf_counter() - start
-    if problem.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+    found, bound = _outcome(problem, stats)
+    if not found:
         return Solution("infeasible", math.inf, math.inf, math.inf, seconds=seconds, solver=name)
     objective = float(pulp.value(problem.objective) or 0.0)
-    bound = _bound(problem, objective) if name == "HiGHS" else objective
+    # A continuous optimum, and a solver that does not tell, prove no more than what they found.
+    bound = objective if bound is None or not math.isfinite(bound) else bound
     relative = abs(objective - bound) / max(abs(objective), 1e-9)
-    status = "optimal" if problem.sol_status == pulp.LpSolutionOptimal and relative <= gap * 1.01 else "feasible"
+    status = "optimal" if relative <= gap * 1.01 else "feasible"
     return Solution(
         status,
         objective,
@@ -76,9 +79,15 @@ def cbc(time_limit: float = TIME_LIMIT_S, gap: float = GAP) -> pulp.LpSolver:
     raise pulp.PulpSolverError("no CBC solver is installed")
 
 
-def _bound(problem: pulp.LpProblem, objective: float) -> float:
-    """Best proven bound; for a continuous problem the objective itself."""
+def _outcome(problem: pulp.LpProblem, stats: Any) -> tuple[bool, float | None]:
+    """(has a solution, proven bound): PuLP 4 returns them, PuLP 3 leaves them on the problem and its HiGHS model.
+
+    At a time limit PuLP 3 still says `Optimal` as its status, so its `sol_status` is read.
+    """
+    if hasattr(stats, "has_solution"):
+        return bool(stats.has_solution), stats.best_bound
+    found = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     model = getattr(problem, "solverModel", None)
-    if model is None or not any(v.cat == pulp.LpInteger for v in problem.variables()):
-        return objective
-    return float(model.getInfo().mip_dual_bound)
+    whole = any(v.cat == pulp.LpInteger for v in problem.variables())
+    told = found and whole and model is not None and hasattr(model, "getInfo")
+    return found, float(model.getInfo().mip_dual_bound) if told else None

@@ -71,7 +71,7 @@ def test_every_plot_is_drawn_in_silence(browser: Any, visit: Open, written: Path
             """return [...document.querySelectorAll('.chart')].filter(b => b.offsetParent !== null).map(b => ({
                  id: b.id, traces: b.data.length, marks: b.querySelectorAll(arguments[0]).length,
                  width: b.querySelector('svg.main-svg').getBoundingClientRect().width,
-                 plot: b.querySelector('.plot').getBoundingClientRect().height, height: b.clientHeight}))""",
+                 plot: b.querySelector('.bglayer .bg, .cartesianlayer').getBoundingClientRect().height, height: b.clientHeight}))""",
             DRAWN,
         )
         count = {name: sum(b["id"].startswith(f"{panel}-{name}-") for b in boxes) for name in CHARTS}
