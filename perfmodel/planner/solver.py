@@ -89,5 +89,6 @@ def _outcome(problem: pulp.LpProblem, stats: Any) -> tuple[bool, float | None]:
     found = problem.sol_status in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible)
     model = getattr(problem, "solverModel", None)
     whole = any(v.cat == pulp.LpInteger for v in problem.variables())
-    told = found and whole and model is not None and hasattr(model, "getInfo")
-    return found, float(model.getInfo().mip_dual_bound) if told else None
+    if not (found and whole) or model is None or not hasattr(model, "getInfo"):
+        return found, None
+    return found, float(model.getInfo().mip_dual_bound)

@@ -69,7 +69,7 @@ def test_demo_plan():
 
 def test_cold_starts():
     print()
-    for words in (["--help"], "estimate --model llama-3.1-8b --hw h100-sxm --batch 16 --isl 1024 --osl 256".split()):
+    for words in (["--help"], ["estimate", "--model", "llama-3.1-8b", "--hw", "h100-sxm", "--batch", "16", "--isl", "1024", "--osl", "256"]):
         command = [sys.executable, "-m", "perfmodel", *words]
         _, seconds = _timed(lambda c=command: subprocess.run(c, cwd=ROOT, capture_output=True, check=True))
         print(f"perfmodel {words[0]}: {seconds:.2f} s")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from perfmodel.errors import SpecError
 from perfmodel.serving import workload
-from perfmodel.serving.workload import Requests, build, buckets, read_trace, superpose
+from perfmodel.serving.workload import Requests, buckets, build, read_trace, superpose
 from perfmodel.spec.plan import Columns, Objectives, Trace
 from perfmodel.spec.plan import Workload as Spec
 
@@ -80,7 +81,7 @@ def test_buckets_partition_the_sample() -> None:
     inputs, outputs, weight = w.sample()
     assert sum(b.share for b in groups) == pytest.approx(1)
     assert weight.sum() == pytest.approx(1)
-    assert all(a.high < b.low for a, b in zip(groups, groups[1:], strict=False))
+    assert all(a.high < b.low for a, b in itertools.pairwise(groups))
     assert float(inputs.mean()) == pytest.approx(float(w.requests.input.mean()), rel=0.02)
     assert float(outputs.mean()) == pytest.approx(float(w.requests.output.mean()), rel=0.06)
 
