@@ -41,6 +41,8 @@ class _Waiting:
     done: float
     left: float
     """Tokens to generate."""
+    cached: bool = False
+    """A prefill instance delivered its cache and first token: it decodes as soon as it fits."""
 
 
 class _Instance:
@@ -70,6 +72,7 @@ class _Instance:
             if not self.waiting and not self.decoding:
                 self.now = max(self.now, float(arrival[self.next]))
             self._arrive()
+            self._admit_cached()
             chunks = self._schedule()
             if chunks:
                 self._mixed_step(chunks)
@@ -83,8 +86,19 @@ class _Instance:
         arrival, r = self.requests.arrival, self.requests
         while self.next < len(r) and arrival[self.next] <= self.now:
             i = self.next
-            self.waiting.append(_Waiting(i, float(r.input[i]), 0.0, float(r.output[i])))
+            self.waiting.append(_Waiting(i, float(r.input[i]), 0.0, float(r.output[i]), self.prefilled))
             self.next += 1
+
+    def _fits(self, item: _Waiting) -> bool:
+        return self.context + self.reserved + item.prompt + 1 <= self.kv_tokens
+
+    def _admit_cached(self) -> None:
+        while self.waiting and self.waiting[0].cached and len(self.decoding) < self.clock.max_batch:
+            if not self._fits(self.waiting[0]):
+                break
+            item = self.waiting.popleft()
+            item.left -= 1
+            self._join(item)
 
     def _schedule(self) -> list[tuple[_Waiting, float]]:
         """Chunks of this step: what is left of the token budget and of the cache, in order of arrival."""
@@ -92,54 +106,43 @@ class _Instance:
         chunks: list[tuple[_Waiting, float]] = []
         for item in self.waiting:
             running = len(self.decoding) + len(chunks)
-            if budget <= 0 or running >= self.clock.max_batch:
+            if budget <= 0 or item.cached or running >= self.clock.max_batch:
                 break
             if item.done == 0:
-                if self.context + self.reserved + item.prompt + 1 > self.kv_tokens:
+                if not self._fits(item):
                     break
                 self.reserved += item.prompt
-            if self.prefilled:
-                chunks.append((item, item.prompt))
-                continue
             q = min(item.prompt - item.done, budget)
             budget -= q
             chunks.append((item, q))
         return chunks
 
     def _mixed_step(self, chunks: list[tuple[_Waiting, float]]) -> None:
-        if self.prefilled:
-            # The cache arrived from a prefill instance: sequences join and decode at once.
-            for item, _ in chunks:
-                self.waiting.popleft()
-                self.reserved -= item.prompt
-                self._join(item)
-            return
         batch = len(self.decoding)
         self.now += self.clock.step(batch, self.context, [(q, item.done) for item, q in chunks])
-        prefilled = []
         for item, q in chunks:
             item.done += q
-            if item.done >= item.prompt:
-                # Before anything is preempted, which goes to the head of the queue.
-                prefilled.append(self.waiting.popleft())
+        # Chunks are taken in order, so the finished ones are the head of the queue.
+        whole = [item for item, _ in chunks if item.done >= item.prompt]
+        for _ in whole:
+            self.waiting.popleft()
         self._advance(1)
-        for item in prefilled:
+        for item in whole:
             self.reserved -= item.prompt
             if math.isnan(self.first[item.index]):
                 self.first[item.index] = self.now
             item.left -= 1
-            if item.left <= 0 or self.prefill_only:
+            if self.prefill_only:
                 self.finish[item.index] = self.now
             else:
                 self._join(item)
 
     def _join(self, item: _Waiting) -> None:
         """A sequence starts to decode: its next step attends prompt + 1 tokens."""
-        left = item.left if not self.prefilled else item.left - 1
-        if left <= 0:
+        if item.left <= 0:
             self.finish[item.index] = self.now
             return
-        heapq.heappush(self.decoding, (self.steps + int(left), item.index, item.prompt + 1 + left))
+        heapq.heappush(self.decoding, (self.steps + int(item.left), item.index, item.prompt + 1 + item.left))
         self.context += item.prompt + 1
 
     def _advance(self, steps: int) -> None:
@@ -164,7 +167,9 @@ class _Instance:
         left = mark - self.steps
         held = tokens - left
         self.context -= held
-        self.waiting.appendleft(_Waiting(index, held, 0.0, float(left)))
+        # Behind the request whose prefill has begun: that one holds its cache and must be able to finish.
+        place = 1 if self.waiting and self.waiting[0].done else 0
+        self.waiting.insert(place, _Waiting(index, held, 0.0, float(left)))
         self.preempted += 1
 
     def _decode_run(self) -> None:
