@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from perfmodel.planner import constraints
-from perfmodel.planner.columns import Column, Enumerator, Rejected, unserved
+from perfmodel.planner.columns import Column, Enumerator, Layout, unserved
 from perfmodel.planner.infeasible import too_few_nodes
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.solver import Solution, solve
@@ -91,28 +90,28 @@ def alternatives(
     found: Enumerator, offers: list[Offer], chosen: list[Pool], rates: list[float], objective: str, best: float
 ) -> list[Alternative]:
     """Each device type alone, each role mix, each format and each other layout of the winners, re-solved; and the runner-up."""
-    options: list[tuple[str, Callable[[Column], bool]]] = []
+    options: list[tuple[str, Callable[[Layout], bool]]] = []
     for offer in offers:
-        options.append((f"only {offer.node.name}", lambda c, o=offer: c.layout.node == o.node.name))  # type: ignore[misc]
+        options.append((f"only {offer.node.name}", lambda x, o=offer: x.node == o.node.name))  # type: ignore[misc]
     roles = {c.layout.role for c in found.columns.values()}
     if roles > {"colocated"}:
-        options.append(("only colocated", lambda c: c.layout.role == "colocated"))
-        options.append(("only disaggregated", lambda c: c.layout.role != "colocated"))
+        options.append(("only colocated", lambda x: x.role == "colocated"))
+        options.append(("only disaggregated", lambda x: x.role != "colocated"))
     formats = sorted({c.layout.weight_dtype for c in found.columns.values()})
     if len(formats) > 1:
-        options += [(f"only {f} weights", lambda c, f=f: c.layout.weight_dtype == f) for f in formats]  # type: ignore[misc]
+        options += [(f"only {f} weights", lambda x, f=f: x.weight_dtype == f) for f in formats]  # type: ignore[misc]
     winners = {(p.column.layout.node, p.column.layout.tp) for p in chosen}
     nodes = {node for node, _ in winners}
     for node, tp in sorted({(c.layout.node, c.layout.tp) for c in found.columns.values() if c.layout.node in nodes}):
-        options.append((f"only {node} with tp{tp}", lambda c, n=node, t=tp: (c.layout.node, c.layout.tp) == (n, t)))  # type: ignore[misc]
+        options.append((f"only {node} with tp{tp}", lambda x, n=node, t=tp: (x.node, x.tp) == (n, t)))  # type: ignore[misc]
     used = {p.column.layout for p in chosen}
-    options.append(("without any layout of this plan (runner-up)", lambda c: c.layout not in used))
+    options.append(("without any layout of this plan (runner-up)", lambda x: x not in used))
     return [_alternative(name, test, found, offers, chosen, rates, objective, best) for name, test in options]
 
 
-def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, offers: list[Offer], chosen: list[Pool],
+def _alternative(name: str, test: Callable[[Layout], bool], found: Enumerator, offers: list[Offer], chosen: list[Pool],
                  rates: list[float], objective: str, best: float) -> Alternative:  # fmt: skip
-    columns = found.select(test)
+    columns = found.select(lambda c: test(c.layout))
     unit = _UNIT[objective]
     if not columns:
         return Alternative(name, None, [], _why_none(test, found, range(len(rates))))
@@ -122,7 +121,7 @@ def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, o
         return Alternative(name, None, columns, _why_short(test, found, columns, offers, rates))
     extra = solution.objective - best
     if extra <= max(1e-6, 1e-4 * abs(best)):
-        same = "this is the chosen plan" if all(test(p.column) for p in chosen) else "same, with more devices busy"
+        same = "this is the chosen plan" if all(test(p.column.layout) for p in chosen) else "same, with more devices busy"
         return Alternative(name, solution, columns, f"{solution.objective:,.2f} {unit}: {same}")
     rate = sum(rates)
     limits = sorted({c.limited_by for c in columns if round(solution.values.get(f"n_{columns.index(c)}", 0))})
@@ -133,9 +132,9 @@ def _alternative(name: str, test: Callable[[Column], bool], found: Enumerator, o
     )  # fmt: skip
 
 
-def _why_none(test: Callable[[Column], bool], found: Enumerator, missing: Any) -> str:
+def _why_none(test: Callable[[Layout], bool], found: Enumerator, missing: Any) -> str:
     """Why none of the layouts that pass a test serves some buckets: the one that comes nearest."""
-    refused = [r for r in found.rejected if test(_stand_in(r)) and (not r.buckets or set(r.buckets) & set(missing))]
+    refused = [r for r in found.rejected if test(r.layout) and (not r.buckets or set(r.buckets) & set(missing))]
     timed = [r for r in refused if r.best == r.best]
     if timed:
         # A layout is judged by the easiest set that holds a missing bucket.
@@ -146,13 +145,8 @@ def _why_none(test: Callable[[Column], bool], found: Enumerator, missing: Any) -
     return "cannot serve: " + (next(reversed(reasons), "no layout of this kind was enumerated"))
 
 
-def _stand_in(r: Rejected) -> Any:
-    """A rejected layout in the place of a column, for tests on layout and offer."""
-    return SimpleNamespace(layout=r.layout)
-
-
 def _why_short(
-    test: Callable[[Column], bool], found: Enumerator, columns: list[Column], offers: list[Offer], rates: list[float]
+    test: Callable[[Layout], bool], found: Enumerator, columns: list[Column], offers: list[Offer], rates: list[float]
 ) -> str:
     """Which buckets nobody serves, or which nodes run out and how many it would take."""
     missing = unserved(columns, len(rates))
