@@ -202,8 +202,11 @@ def _build(
     longest = float(np.max(workload.requests.input + workload.requests.output))
     one = float(memory.cache_bytes(e.model, e.par, e.formats, 1, longest, e.engine.block_tokens))
     if e.kv_free < one:
-        need = (float(memory.weight_bytes(e.model, e.par, e.formats)) + one) / 1e9
-        return f"needs {need:.0f} GB per device with its longest request, has {e.machine.capacity / 1e9:.0f} GB"
+        weights = float(memory.weight_bytes(e.model, e.par, e.formats))
+        return (
+            f"needs {(weights + one) / 1e9:.1f} GB per device for weights and the longest request, and has "
+            f"{(weights + e.kv_free) / 1e9:.1f} GB beside activations and engine"
+        )
     inputs, outputs, weight = workload.sample()
     return e, StepClock(e, Mix(inputs, outputs, weight).context)
 

@@ -57,7 +57,7 @@ def _pool_rows(pool: Pool) -> list[dict[str, Any]]:
     names = {
         "prefill time": (sum(pool.rates[k] * c.prefill_s[k] for k in finite), c.state.utilisation * n),
         "decode batch": (sum(pool.rates[k] * c.decode_s[k] for k in finite), c.state.batch * n),
-        "KV cache": (sum(pool.rates[k] * c.kv_token_s[k] for k in finite), c.kv_limit * n),
+        "cached tokens": (sum(pool.rates[k] * c.kv_token_s[k] for k in finite), c.kv_limit * n),
     }
     rows = []
     for name, (used, have) in names.items():

@@ -86,7 +86,7 @@ def closed_loop_step(model: str, hardware: str, isl: int, osl: int, concurrency:
 
 
 def _mean_ttft(instance: Instance, s: State, mix: Mix) -> float:
-    return instance.mean_wait(s, mix) + mix.mean(s.work) + 1.5 * s.pure_step
+    return instance.mean_wait(s, mix) + mix.mean(instance.own(s))
 
 
 def _residence(instance: Instance, s: State, mix: Mix) -> float:

@@ -143,7 +143,7 @@ class Instance:
         Wait: zero with probability 1 - u, else exponential with the Pollaczek-Khinchine mean, corrected for bursts
         by (ca2 + cs2)/(1 + cs2) (Allen-Cunneen); then half a running step, then the request's own steps.
         """
-        left = limit - self._own(s)
+        left = limit - self.own(s)
         if s.utilisation <= 0:
             return mix.mean((left >= 0).astype(float))
         wait = self.mean_wait(s, mix, dispersion)
@@ -157,11 +157,13 @@ class Instance:
         burst = (dispersion + spread) / (1 + spread)
         return s.rate * second / (2 * (1 - s.utilisation)) * burst
 
-    def _own(self, s: State) -> np.ndarray:
+    def own(self, s: State) -> np.ndarray:
+        """Seconds from being next in line to the first token [request of the mix]."""
         if self.role == "decode":
             return np.zeros_like(s.work)
-        # Half a running step, then the request's own steps, which carry the decode batch along.
-        return s.work + 1.5 * s.pure_step
+        # Half a running step, if one runs, then its own steps: `work` beyond the decode steps that they carry along,
+        # or all of it where hardly anything decodes.
+        return s.work + s.pure_step * (0.5 * min(s.batch, 1.0) + (s.batch >= 1))
 
     def tpot_met(self, limit: float, s: State, mix: Mix) -> float:
         """Share of requests (with two tokens or more) whose TPOT is within `limit` seconds.
@@ -177,7 +179,7 @@ class Instance:
         moved = self.handoff * mix.input / steps
         # What arrived during the request's own prefill step is served right after it, while it already decodes.
         exposed = decoding + s.work + s.pure_step * (s.utilisation > 0)
-        slope = (self.clock.decode(s.batch + 1, (s.batch + 1) * mix.context) - s.pure_step) if s.batch >= 1 else 0.0
+        slope = self._slope(s.batch, mix.context)
         variance = s.rate * mix.mean(s.work**2) * exposed / steps**2 + max(slope, 0.0) ** 2 * s.batch
         mean = s.utilisation * exposed / steps
         room = limit - s.pure_step - moved
@@ -185,9 +187,17 @@ class Instance:
         weight = mix.weight * counted
         return float(np.dot(weight, met) / weight.sum())
 
+    def _slope(self, batch: float, context: float) -> float:
+        """Seconds one more sequence adds to a step, over a fifth of the batch so that no tile's edge stands for all."""
+        if batch < 1:
+            return 0.0
+        around = max(0.2 * batch, 1.0)
+        low, high = max(batch - around, 1.0), batch + around
+        return (self.clock.decode(high, high * context) - self.clock.decode(low, low * context)) / (high - low)
+
     def ttft_quantile(self, p: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
         """Seconds within which a share p of requests have their first token."""
-        return _invert(lambda t: self.ttft_met(t, s, mix, dispersion), p, float(np.max(self._own(s))) + 1e-3)
+        return _invert(lambda t: self.ttft_met(t, s, mix, dispersion), p, float(np.max(self.own(s))) + 1e-3)
 
     def tpot_quantile(self, p: float, s: State, mix: Mix) -> float:
         """Seconds within which a share p of requests have their TPOT."""

@@ -17,7 +17,7 @@ from perfmodel.spec.plan import Trace
 from perfmodel.spec.plan import Workload as WorkloadSpec
 
 PEAK_WINDOW_S = 300.0
-_SAMPLES = 240
+_SAMPLES = 600
 
 
 @dataclass(frozen=True)
