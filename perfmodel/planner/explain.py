@@ -64,7 +64,7 @@ def _pool_rows(pool: Pool) -> list[dict[str, Any]]:
         if have > 0 and used > 0 and used >= have * (1 - _TIGHT):
             rows.append({
                 "constraint": f"{name} of {c.layout.label}", "shadow_price": None, "unit": "",
-                "text": f"{c.layout.label}: {name} is full ({used / have:.0%}); its rate is limited by {c.limited_by}",
+                "text": f"{c.layout.label}: {name} at the limit ({used / have:.0%}); its rate is limited by {c.limited_by}",
             })  # fmt: skip
     if not rows:
         spare = min((1 - used / have for used, have in names.values() if have > 0 and used > 0), default=0.0)
