@@ -1,8 +1,7 @@
-"""The event simulation against a naive step-by-step one, and the closed forms against the simulation."""
+"""The closed forms against the event simulation, and the tables of both against the estimator."""
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 from perfmodel.estimator import Estimator
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, _gamma_cdf
-from perfmodel.serving.replay import Outcome, simulate
+from perfmodel.serving.replay import simulate
 from perfmodel.serving.workload import Requests, read_trace
 from perfmodel.spec.plan import Columns, Trace
 
@@ -35,90 +34,6 @@ def requests(azure: Requests, rate: float, n: int, seed: int, cv2: float = 1.0) 
     gaps = rng.gamma(1 / cv2, cv2 / rate, n)
     pick = rng.integers(0, len(azure), n)
     return Requests(np.cumsum(gaps), azure.input[pick], azure.output[pick])
-
-
-def naive(clock: StepClock, kv_tokens: float, r: Requests, role: str) -> Outcome:
-    """One engine step at a time, nothing summed: the same scheduling rules in the plainest words."""
-    n = len(r)
-    now, nxt = 0.0, 0
-    waiting: list[list[float]] = []  # [index, prompt, done, left]
-    running: list[list[float]] = []  # [index, attended, left]
-    first, finish = np.full(n, np.nan), np.full(n, np.nan)
-    preempted = 0
-    while nxt < n or waiting or running:
-        if not waiting and not running:
-            now = max(now, float(r.arrival[nxt]))
-        while nxt < n and r.arrival[nxt] <= now:
-            waiting.append([nxt, r.input[nxt], 0.0, r.output[nxt]])
-            nxt += 1
-        attended = sum(s[1] for s in running)
-        held = attended + sum(w[1] for w in waiting if w[2] > 0)
-        budget = clock.chunk - len(running)
-        chunks = []
-        for w in waiting:
-            if budget <= 0 or len(running) + len(chunks) >= clock.max_batch:
-                break
-            if w[2] == 0:
-                if held + w[1] + 1 > kv_tokens:
-                    break
-                held += w[1]
-            q = w[1] if role == "decode" else min(w[1] - w[2], budget)
-            if role != "decode":
-                budget -= q
-            chunks.append((w, q))
-        if role == "decode" and chunks:
-            for w, _ in chunks:
-                waiting.remove(w)
-                if w[3] - 1 <= 0:
-                    finish[int(w[0])] = now
-                else:
-                    running.append([w[0], w[1] + 1, w[3] - 1])
-            continue
-        now += clock.step(len(running), attended, [(q, w[2]) for w, q in chunks])
-        for s in running:
-            s[1] += 1
-            s[2] -= 1
-        for s in [s for s in running if s[2] <= 0]:
-            finish[int(s[0])] = now
-            running.remove(s)
-        held = sum(s[1] for s in running) + sum(w[1] for w in waiting if w[2] > 0 or any(w is c for c, _ in chunks))
-        while running and held > kv_tokens and len(running) > 1:
-            victim = max(running, key=lambda s: s[0])
-            running.remove(victim)
-            held -= victim[1]
-            waiting.insert(0, [victim[0], victim[1], 0.0, victim[2]])
-            preempted += 1
-        for w, q in chunks:
-            w[2] += q
-            if w[2] >= w[1]:
-                waiting.remove(w)
-                i = int(w[0])
-                if math.isnan(first[i]):
-                    first[i] = now
-                w[3] -= 1
-                if w[3] <= 0 or role == "prefill":
-                    finish[i] = now
-                else:
-                    running.append([w[0], w[1] + 1, w[3]])
-    start = r.arrival if role == "decode" else first
-    tpot = np.where(r.output > 1, (finish - start) / np.maximum(r.output - 1, 1), np.nan)
-    return Outcome(start - r.arrival, tpot, finish, preempted)
-
-
-@pytest.mark.parametrize("role", ["colocated", "prefill", "decode"])
-def test_summed_runs_equal_single_steps(role: str, clock: StepClock, azure: Requests) -> None:
-    r = requests(azure, 6.0, 500, seed=1)
-    fast, slow = simulate(clock, 4e5, r, role), naive(clock, 4e5, r, role)
-    assert np.allclose(fast.ttft, slow.ttft, rtol=1e-9, atol=1e-9)
-    assert np.allclose(fast.finish, slow.finish, rtol=1e-9)
-    assert np.array_equal(np.isnan(fast.tpot), np.isnan(slow.tpot))
-
-
-def test_summed_runs_equal_single_steps_when_the_cache_overflows(clock: StepClock, azure: Requests) -> None:
-    r = requests(azure, 12.0, 300, seed=2)
-    fast, slow = simulate(clock, 12_000, r), naive(clock, 12_000, r, "colocated")
-    assert fast.preempted == slow.preempted > 0
-    assert np.allclose(fast.finish, slow.finish, rtol=1e-9)
 
 
 def test_a_request_that_never_fits_is_an_error(clock: StepClock) -> None:
