@@ -1,4 +1,4 @@
-"""Power of a device at work: idle, plus shares for its matrix units and its memory, capped at the board limit."""
+"""Power of a device at work: idle, running, plus shares for its matrix units and its memory, capped at the board limit."""
 
 from __future__ import annotations
 
@@ -9,14 +9,19 @@ from perfmodel.roofline import cost as schedule_cost
 
 
 def device_power(e: Estimator, busy_compute: float, busy_memory: float) -> float | None:
-    """Watts of one device: P = TDP min(1, idle + compute share x demand + memory share x demand); None without a TDP.
+    """Watts of one running device; None without a TDP.
 
-    busy_*: mean share of the datasheet rate that is demanded (0..1).
+    P = TDP min(1, idle + active + compute busy_compute + memory busy_memory). busy_*: mean share of the datasheet rate
+    that is demanded (0..1). At the limit the clock drops until P equals it.
+
+    >>> device_power(Estimator("llama-2-70b", "a100-sxm-80gb", tp=4), 1.0, 0.5)  # far beyond the limit of 400 W
+    400.0
     """
     if not e.machine.tdp:
         return None
     law = e.machine.law
-    load = law["power_idle"] + law["power_compute"] * busy_compute + law["power_memory"] * busy_memory
+    running = law["power_idle"] + law["power_active"]
+    load = running + law["power_compute"] * busy_compute + law["power_memory"] * busy_memory
     return float(e.machine.tdp * min(1.0, load))
 
 
@@ -27,11 +32,15 @@ def demand_shares(
     compute = memory = 0.0
     if prefill_tokens_per_s > 0:
         tokens = float(e.engine.chunk_tokens)
-        peak = schedule_cost(e.lower(Phase((Group(1.0, tokens, 0.0),))).schedule, e.machine).peak
-        compute += float(peak["compute"]) / tokens * prefill_tokens_per_s
-        memory += float(peak["hbm"]) / tokens * prefill_tokens_per_s
+        seconds = tokens / prefill_tokens_per_s
+        compute, memory = step_shares(e, Phase((Group(1.0, tokens, 0.0),)), seconds)
     if steps_per_s > 0 and batch >= 1:
-        peak = schedule_cost(e.lower(Phase((Group(batch, 1.0, context, decode=True),))).schedule, e.machine).peak
-        compute += float(peak["compute"]) * steps_per_s
-        memory += float(peak["hbm"]) * steps_per_s
+        step = step_shares(e, Phase((Group(batch, 1.0, context, decode=True),)), 1 / steps_per_s)
+        compute, memory = compute + step[0], memory + step[1]
     return min(compute, 1.0), min(memory, 1.0)
+
+
+def step_shares(e: Estimator, phase: Phase, seconds: float) -> tuple[float, float]:
+    """Shares of the peak compute and memory rates that one forward pass demands of one device in `seconds`."""
+    peak = schedule_cost(e.lower(phase).schedule, e.machine).peak
+    return float(peak["compute"]) / seconds, float(peak["hbm"]) / seconds

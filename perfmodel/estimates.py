@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from perfmodel import prices
+from perfmodel import memory, prices
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator, Parts
 from perfmodel.spec.model import Model
@@ -47,8 +47,11 @@ def estimate(
     used = e.memory(batch, isl + osl)
     result["memory"] = {
         "weights": float(used.weights), "kv": float(used.kv), "activations": float(used.activations),
-        "other": float(used.other), "total_per_device": float(used.total), "capacity": used.capacity,
+        "overhead": float(used.overhead), "graphs": float(used.graphs), "other": float(used.other),
+        "total_per_device": float(used.total), "capacity": float(used.capacity),
         "fits": bool(used.fits), "max_batch": e.max_batch(isl + osl),
+        "kv_tokens": memory.kv_tokens(e.model, e.par, e.formats, e.machine, e.engine, e.mem_fraction),
+        "account": e.engine.account.title,
     }  # fmt: skip
     result["provenance"] = f"{e.machine.provenance}; engine {e.engine_name}"
     result["configuration"] = _configuration(e, batch, isl, osl, prefix)

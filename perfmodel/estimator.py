@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -118,7 +118,9 @@ class Estimator:
         self.model = catalog.load_model(model) if isinstance(model, str) else model
         base = machine(hardware) if isinstance(hardware, str) else from_node(hardware)
         self.engine_name, self.engine = engine, calibration.engine(engine)
-        self.machine = base.with_engine(self.engine)
+        driven = base.with_engine(self.engine)
+        # Kernels of a step queue up behind each other, so part of each launch is hidden.
+        self.machine = replace(driven, kernel_latency=driven.kernel_latency * driven.law["queued_launch"])
         self.par = Parallelism(tp, pp, dp, ep, cp, sequence_parallel)
         check_parallelism(self.model, self.par)
         check_reach(self.model, self.par, self.machine)
@@ -136,11 +138,11 @@ class Estimator:
         """Seconds of one decode step of `batch` sequences that attend `context` tokens each, the new one included."""
         return self._many(batch, 1, np.asarray(context) - 1, is_decode=True)
 
-    def mixed(self, batch: Num, context: Num, chunk: Num, chunk_context: Num = 0) -> Any:
-        """Seconds of a step that decodes `batch` sequences and prefills `chunk` tokens of one more request."""
-        phase = graph.mixed(batch, np.asarray(context) - 1, chunk, chunk_context)
+    def mixed(self, batch: Num, context: Num, chunk: Num, chunk_context: Num = 0, prompts: Num = 1) -> Any:
+        """Seconds of a step that decodes `batch` sequences and prefills `chunk` tokens of each of some `prompts` more."""
+        phase = graph.mixed(batch, np.asarray(context) - 1, chunk, chunk_context, prompts)
         total = roofline.cost(self.lower(phase).schedule, self.machine)
-        return self._with_host(total.seconds, total.launches, batch, chunk, self.machine)
+        return self._with_host(total.seconds, total.launches, batch, prompts * chunk, self.machine)
 
     def lower(self, phase: graph.Phase) -> graph.Program:
         """Operators of one device for a phase."""
@@ -220,11 +222,14 @@ class Estimator:
         return 1.0 if is_decode else (micro + self.par.pp - 1) / self.par.pp
 
     def _with_host(self, seconds: Num, launches: Num, batch: Num, new: Num, m: Machine) -> Any:
-        """serial + max(device, overlapped host work); steps too large for a captured graph are launched one by one."""
-        host = m.law["host_base"] + m.law["host_per_sequence"] * batch
-        serial = m.law["host_serial"] * host
-        eager = np.where(batch * new > self.engine.graph_batch, launches * m.law["eager_issue"], 0.0)
-        return serial + np.maximum(seconds, (host - serial) + eager)
+        """Host work of a step, then the device's; steps too large for a captured graph are launched one by one."""
+        by_one = np.where(batch * new > self.engine.graph_batch, launches * m.law["eager_issue"], 0.0)
+        return self.host_seconds(batch, m) + np.maximum(seconds, by_one * m.law["host_slowdown"])
+
+    def host_seconds(self, batch: Num, m: Machine | None = None) -> Num:
+        """Host seconds of a step that the device waits for: scheduling, input preparation, sampled tokens."""
+        m = m or self.machine
+        return m.law["host_slowdown"] * (m.law["host_base"] + m.law["host_per_sequence"] * batch)
 
     def parts(self, batch: float, new: float, context: float, *, is_decode: bool) -> Parts:
         """Expected time, bounds, spread and bottleneck of one step; context in cached tokens before the step."""
@@ -233,8 +238,8 @@ class Estimator:
         total = roofline.cost(program.schedule, self.machine)
         expected = float(self._finish(total, batch, new, is_decode, self.machine))
         passes = float(self._passes(batch, is_decode))
-        host = self.machine.law["host_base"] + self.machine.law["host_per_sequence"] * batch
-        busy = {k: float(v) * passes for k, v in total.busy.items()} | {"host": float(host)}
+        host = float(self.host_seconds(batch))
+        busy = {k: float(v) * passes for k, v in total.busy.items()} | {"host": host}
         shaken = self.machine.perturbed()
         rows = roofline.cost(program.schedule, shaken)
         seconds = np.broadcast_to(self._finish(rows, batch, new, is_decode, shaken), (len(self.machine.sigma) + 1,))

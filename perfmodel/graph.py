@@ -55,9 +55,9 @@ def decode(batch: Num, context: Num) -> Phase:
     return Phase((Group(batch, 1, context, decode=True),))
 
 
-def mixed(batch: Num, context: Num, chunk: Num, chunk_context: Num) -> Phase:
-    """A decode batch and one prefill chunk in the same pass (Sarathi-Serve, arXiv:2403.02310)."""
-    return Phase((Group(batch, 1, context, decode=True), Group(1, chunk, chunk_context)))
+def mixed(batch: Num, context: Num, chunk: Num, chunk_context: Num, prompts: Num = 1) -> Phase:
+    """A decode batch and a chunk of one prompt (or of several) in the same pass (Sarathi-Serve, arXiv:2403.02310)."""
+    return Phase((Group(batch, 1, context, decode=True), Group(prompts, chunk, chunk_context)))
 
 
 @dataclass(frozen=True, slots=True)

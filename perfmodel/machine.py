@@ -81,13 +81,20 @@ class Machine:
         return self.peak(dtype) * self.matrix_efficiency * (self.law["narrow_matrix_efficiency"] if narrow else 1.0)
 
     def with_engine(self, engine: Engine) -> Machine:
-        """The same machine driven by an engine: its host times join the law."""
-        values = {k: p.value for k, p in engine.parameters.items()}
-        spread = {k: p.sigma for k, p in engine.parameters.items() if p.sigma > 0 and k.startswith("host_")}
+        """The same machine driven by an engine: its host times and what its kernels do differently join the law.
+
+        What was calibrated on this device stays.
+        """
+        mine = {k: p for k, p in engine.parameters.items() if not self.evidence.get(k, "").startswith("calibrated")}
+        values = {k: p.value for k, p in mine.items()}
+        spread = {k: p.sigma for k, p in mine.items() if p.sigma > 0 and not k.startswith("memory_")}
         return replace(self, law=self.law | values, sigma=self.sigma | spread)
 
-    def perturbed(self) -> Machine:
-        """Rows: the nominal machine, then one row per uncertain parameter with its logarithm raised by one sigma."""
+    def perturbed(self, *, column: bool = False) -> Machine:
+        """Rows: the nominal machine, then one row per uncertain parameter with its logarithm raised by one sigma.
+
+        `column`: parameters of shape (rows, 1), to be evaluated against arrays of shapes.
+        """
         own = [f.name for f in fields(self)]
         names = list(self.sigma)
         changes: dict[str, Num] = {}
@@ -95,6 +102,7 @@ class Machine:
         for row, name in enumerate(names, start=1):
             factor = np.ones(len(names) + 1)
             factor[row] = np.exp(self.sigma[name])
+            factor = factor[:, None] if column else factor
             if name in own:
                 changes[name] = getattr(self, name) * factor
             else:
@@ -130,6 +138,9 @@ def machine(name: str) -> Machine:
     return from_node(catalog.load_node(node)) if node else from_device(spec, None)
 
 
+calibration.on_change(machine.cache_clear)
+
+
 def from_node(node: Node) -> Machine:
     """The machine of one node: its devices and how they reach each other."""
     return from_device(catalog.load_device(node.devices.device), node)
@@ -144,9 +155,17 @@ def from_device(device: Device, node: Node | None) -> Machine:
     fabric, nics = (node.fabric, node.network) if node else (None, None)
     _, link = _fabric(fabric, device)
     found = achieved(device, node)
-    shared = calibration.law().parameters
+    shared = calibration.law().everything
     count = node.devices.count if node else 1
-    sigma = {k: v.parameter.sigma for k, v in found.items()} | {k: v.sigma for k, v in shared.items()}
+    sigma = {k: v.sigma for k, v in shared.items()} | {k: v.parameter.sigma for k, v in found.items()}
+    mine = {f.name for f in fields(Machine)}
+    own = {k: v.parameter.value for k, v in found.items() if k in mine}
+    general = {k: v.parameter.value for k, v in found.items() if k not in mine}
+    unknown = set(general) - calibration.kernel_parameter_names()
+    if unknown:
+        raise SpecError(
+            f"the calibration of {device.name} names {sorted(unknown)}: no parameter of a device or the law"
+        )
     for key, section in (("bandwidth_efficiency", m), ("matrix_efficiency", c)):
         if section.source == UNVERIFIED:
             sigma[key] = float(np.hypot(sigma[key], _UNVERIFIED_SIGMA))
@@ -169,12 +188,12 @@ def from_device(device: Device, node: Node | None) -> Machine:
         host_link=host.bandwidth if host else 0.0,
         tdp=device.power.tdp if device.power else 0.0,
         node_overhead_power=node.power.overhead if node and node.power else 0.0,
-        law={k: p.value for k, p in shared.items()},
+        law={k: p.value for k, p in shared.items()} | general,
         # Power parameters move no time.
         sigma={k: s for k, s in sigma.items() if s > 0 and not k.startswith("power_")},
         evidence={k: v.evidence for k, v in found.items()},
         provenance=_provenance(found),
-        **{k: v.parameter.value for k, v in found.items()},
+        **own,
     )
 
 
@@ -183,8 +202,9 @@ def achieved(device: Device, node: Node | None) -> dict[str, Resolved]:
     technology, _ = _fabric(node.fabric if node else None, device)
     nics = node.network if node else None
     network = calibration.link_parameters(nics.technology if nics else "ethernet")
-    found = calibration.device_parameters(device) | calibration.link_parameters(technology)
-    return found | {k.replace("link", "network"): v for k, v in network.items()}
+    found = calibration.class_parameters(device) | calibration.link_parameters(technology)
+    found |= {k.replace("link", "network"): v for k, v in network.items()}
+    return found | calibration.own_parameters(device)
 
 
 def _fabric(fabric: Fabric | None, device: Device) -> tuple[str, float]:

@@ -7,15 +7,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from perfmodel.engine_memory import (
+    Instance,
+    activations,
+    cache_pool,
+    cache_tokens,
+    graphs,
+    loaded_weights,
+    overhead,
+    visible,
+)
 from perfmodel.graph import cache_residency, weight_residency
 from perfmodel.machine import Machine
 from perfmodel.ops.shard import Formats, Parallelism
 from perfmodel.spec.calibration import Engine
 from perfmodel.spec.formats import get_format
-from perfmodel.spec.model import Attention, LatentAttention, Model
+from perfmodel.spec.model import Attention, Model
 from perfmodel.symbols import Num
-
-_LOGIT_COPIES = 4  # FP32 buffers the sampler holds at once: logits, sorted logits, probabilities, cumulative sums
 
 
 @dataclass(frozen=True)
@@ -25,9 +33,17 @@ class Memory:
     weights: Num
     kv: Num
     activations: Num
-    other: Num
+    """Peak of the step the engine reserves for, sampler included."""
+    overhead: Num
+    """Outside tensors: context, libraries, communication buffers."""
+    graphs: Num
+    """Captured graphs."""
     capacity: float
-    """Bytes the engine may plan with: memory fraction x visible memory."""
+    """Bytes the engine lets all of these take together, by its own accounting."""
+
+    @property
+    def other(self) -> Num:
+        return self.overhead + self.graphs
 
     @property
     def total(self) -> Num:
@@ -81,24 +97,13 @@ def cache_bytes(model: Model, par: Parallelism, formats: Formats, sequences: Num
     return total
 
 
-def activation_bytes(model: Model, par: Parallelism, formats: Formats, step_tokens: Num, sequences: Num) -> Num:
-    """Peak of one step: residual and the widest intermediate of a layer, and the sampler's logits [byte]."""
-    widest = 0.0
-    for block in model.blocks.values():
-        ffn, mixer = block.ffn, block.mixer
-        if ffn is not None and ffn.kind == "mlp":
-            widest = max(widest, 3 * ffn.inter / par.tp)
-        elif ffn is not None:
-            widest = max(widest, 3 * ffn.inter * ffn.top_k / par.moe_tp)
-        if isinstance(mixer, LatentAttention):
-            # Expanded prefill rebuilds keys and values of every head.
-            widest = max(widest, mixer.heads * (2 * mixer.nope_dim + mixer.rope_dim + 2 * mixer.v_dim) / par.tp)
-        if isinstance(mixer, Attention):
-            widest = max(widest, (2 * mixer.heads + 2 * mixer.kv_heads) * mixer.head_dim / par.tp)
-    tokens = step_tokens / par.cp
-    layer = tokens * (3 * model.hidden + widest) * formats.act.width
-    logits = np.ceil(sequences / par.dp) * model.vocab * 4 * _LOGIT_COPIES
-    return np.maximum(layer, logits)
+def account(model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine) -> Instance:
+    """The model on this machine as the engine's version counts it."""
+    total = visible(m.device, m.capacity, engine.account)
+    return Instance(
+        model, par, formats, engine.account, m.device.architecture, total,
+        graphs=engine.graph_batch > 0, file=engine.account.host_embedding,
+    )  # fmt: skip
 
 
 def resident(
@@ -111,35 +116,35 @@ def resident(
     sequences: Num,
     tokens: Num,
     mem_fraction: float | None = None,
-    step_tokens: Num | None = None,
 ) -> Memory:
     """Memory of an instance that holds `sequences` of `tokens` tokens each. Raises nothing: `fits` tells."""
-    parallel = par.devices > 1
-    other = m.law["memory_base"] + m.law["memory_graphs"] + m.law["memory_parallel"] * parallel
-    step = engine.chunk_tokens if step_tokens is None else step_tokens
+    i = account(model, par, formats, m, engine)
+    weights, peak, outside, captured = loaded_weights(i), activations(i), overhead(i), graphs(i)
+    pool = cache_pool(i, engine.memory_fraction if mem_fraction is None else mem_fraction, weights)
     return Memory(
-        weight_bytes(model, par, formats),
+        weights,
         cache_bytes(model, par, formats, sequences, tokens, engine.block_tokens),
-        activation_bytes(model, par, formats, step, np.minimum(engine.max_sequences, np.maximum(sequences, 1))),
-        other,
-        m.capacity * (engine.memory_fraction if mem_fraction is None else mem_fraction),
+        peak,
+        outside,
+        captured,
+        weights + peak + outside + captured + pool,
     )
 
 
 def kv_capacity(
-    model: Model,
-    par: Parallelism,
-    formats: Formats,
-    m: Machine,
-    engine: Engine,
-    mem_fraction: float | None = None,
-    sequences: int | None = None,
+    model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine, mem_fraction: float | None = None
 ) -> float:
-    """Bytes per device left for keys, values and states once everything else is loaded; negative: does not fit."""  # fmt: skip
-    busy = engine.max_sequences if sequences is None else sequences
-    empty = resident(model, par, formats, m, engine, sequences=0.0, tokens=0.0, mem_fraction=mem_fraction)
-    peak = activation_bytes(model, par, formats, engine.chunk_tokens, busy)
-    return float(empty.capacity - empty.weights - empty.other - peak)
+    """Bytes per device left for keys, values and states once everything else is loaded; negative: does not fit."""
+    fraction = engine.memory_fraction if mem_fraction is None else mem_fraction
+    return cache_pool(account(model, par, formats, m, engine), fraction)
+
+
+def kv_tokens(
+    model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine, mem_fraction: float | None = None
+) -> int:
+    """Tokens the engine would report as the size of its cache, per data-parallel rank; 0 where nothing grows."""
+    pool = kv_capacity(model, par, formats, m, engine, mem_fraction)
+    return int(cache_tokens(account(model, par, formats, m, engine), max(pool, 0.0), engine.block_tokens))
 
 
 def longest_context(model: Model, par: Parallelism, formats: Formats, free: float, sequences: int) -> int:

@@ -11,8 +11,9 @@ from functools import partial
 
 import numpy as np
 
-from perfmodel.collectives import collective_seconds, fewest_bytes, in_node
+from perfmodel.collectives import COLLECTIVES, collective_seconds, exchange_seconds, fewest_bytes, in_node
 from perfmodel.kernels import LAWS, STORED
+from perfmodel.kernels.grouped import as_served
 from perfmodel.machine import Machine
 from perfmodel.ops.moe import distinct_ranks
 from perfmodel.ops.traffic import Op
@@ -96,6 +97,8 @@ def op_cost(op: Op, m: Machine) -> Cost:
     """Cost of one operator."""
     if op.kind in ("collective", "p2p"):
         return _collective(op, m)
+    if op.kind == "grouped_gemm" and "experts" in op.shape:
+        op = as_served(op, m)
     d = LAWS[op.kind](op, m)
     p = m.law["overlap_power"]
     together = (d.compute**p + d.vector**p + (d.memory + d.cache) ** p) ** (1 / p)
@@ -115,16 +118,36 @@ def _peaks(op: Op, m: Machine) -> dict[str, Num]:
 
 def _collective(op: Op, m: Machine) -> Cost:
     ranks = op.shape["ranks"]
-    kind = next(k for k in op.shape if k not in ("ranks", "stride", "held"))
-    message = op.shape[kind]
-    sent = sum((t.bytes for t in op.traffic if t.path == "fabric"), start=0.0)
     local = in_node(ranks, op.shape["stride"], m)
-    if op.routing is not None and np.any(ranks > local):
-        # A token crosses the network once per distinct node and is forwarded inside (DeepEP; arXiv:2412.19437, 3.2).
-        nodes = np.vectorize(partial(distinct_ranks, op.routing), otypes=[float])(ranks / local)
-        sent = np.where(ranks > local, op.shape["held"] * nodes, sent)
-    seconds = np.where(ranks > 1, collective_seconds(kind, message, sent, ranks, m, local), 0.0)
+    sent = sum((t.bytes for t in op.traffic if t.path == "fabric"), start=0.0)
     resource, peak = ("network", m.network) if np.any(ranks > local) else ("link", m.link)
-    return Cost(
-        seconds, 1.0, {resource: seconds}, {resource: fewest_bytes(kind, message, sent, ranks, m, local) / peak}
-    )
+    if "exchange" in op.shape:
+        seconds, least = _exchange(op, m, local, sent)
+    else:
+        kind = next(k for k in op.shape if k in COLLECTIVES)
+        message = op.shape[kind]
+        if op.routing is not None and np.any(ranks > local):
+            # A token crosses the network once per distinct node and is forwarded inside (arXiv:2412.19437, 3.2).
+            nodes = np.vectorize(partial(distinct_ranks, op.routing), otypes=[float])(ranks / local)
+            sent = np.where(ranks > local, op.shape["held"] * nodes, sent)
+        library = bool(op.shape.get("library", 0))
+        seconds = collective_seconds(kind, message, sent, ranks, m, local, library=library)
+        if op.shape.get("eager", 0):
+            # An engine's eager all-reduce leaves its input intact: the kernel follows a copy.
+            copied = 0.0 if library else 2 * message / (m.bandwidth * m.bandwidth_efficiency)
+            seconds = np.maximum(m.law["framework_call"], seconds + copied)
+        least = fewest_bytes(kind, message, sent, ranks, m, local)
+    seconds = np.where(ranks > 1, seconds, 0.0)
+    return Cost(seconds, 1.0, {resource: seconds}, {resource: least / peak})
+
+
+def _exchange(op: Op, m: Machine, local: Num, sent: Num) -> tuple[Num, Num]:
+    """Seconds of an expert exchange, and the bytes a device must put on the NIC (on the link inside a node)."""
+    s = op.shape
+    kernel = s.get("low_latency")
+    seconds = exchange_seconds(
+        s["exchange"], s["tokens"], s["top_k"], s["experts"], s["ranks"], s["visited"], s["nodes_visited"], m, local,
+        combine=bool(s["combine"]), units=s["units"], low_latency=None if kernel is None else bool(kernel),
+    )  # fmt: skip
+    remote = s["exchange"] * s["nodes_visited"] * (1 - local / s["ranks"])
+    return seconds, np.where(s["ranks"] > local, remote, sent)

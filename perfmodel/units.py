@@ -49,8 +49,16 @@ def _table() -> dict[str, tuple[float, Dimension]]:
         table[prefix + "Wh"] = (factor * 3600, _JOULE)
         table[prefix + "Hz"] = (factor, _PER_SECOND)
     for name, seconds in {
-        "s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6, "ns": 1e-9,
-        "min": 60.0, "h": 3600.0, "day": 86400.0, "week": 604800.0, "year": 31557600.0,
+        "s": 1.0,
+        "ms": 1e-3,
+        "us": 1e-6,
+        "µs": 1e-6,
+        "ns": 1e-9,
+        "min": 60.0,
+        "h": 3600.0,
+        "day": 86400.0,
+        "week": 604800.0,
+        "year": 31557600.0,
     }.items():
         table[name] = (seconds, _SECOND)
     table["USD"] = (1.0, _DOLLAR)

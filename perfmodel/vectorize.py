@@ -53,6 +53,8 @@ class _SymbolicFormat(NamedTuple):
     """What operators read of a format."""
 
     name: str
+    bits: float
+    group: int
     matrix: str | None
     width: _Width
 
@@ -108,7 +110,7 @@ def symbolic_formats(f: Formats) -> Formats:
     """The same formats with a symbol for every width."""
 
     def stand_in(fmt: Format, name: str) -> Any:
-        return _SymbolicFormat(fmt.name, fmt.matrix, _Width(name, fmt.width))
+        return _SymbolicFormat(fmt.name, fmt.bits, fmt.group, fmt.matrix, _Width(name, fmt.width))
 
     return Formats(
         stand_in(f.weight, "w"), stand_in(f.expert, "w_e"), stand_in(f.act, "a"), stand_in(f.kv, "kv"),

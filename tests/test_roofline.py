@@ -48,12 +48,17 @@ def core(n: float, q: float, c: float, heads: int = 32, kv_heads: int = 8) -> Op
 
 
 def ideal(name: str = "h100-sxm") -> Machine:
-    """A machine that reaches its datasheet, overlaps perfectly and starts kernels at once."""
+    """A machine that reaches its datasheet, overlaps perfectly, starts kernels at once and loads operands for nothing."""
     m = machine(name)
-    free = ("tile_overhead", "attention_latency", "expert_overhead", "moe_latency", "attention_padding")
-    law = m.law | dict.fromkeys(free, 0.0) | {"overlap_power": 64.0, "units_to_saturate_memory": 1e-9}
+    free = (
+        "tile_overhead", "split_overhead", "matrix_ramp", "attention_latency", "attention_item_start", "cache_share",
+        "expert_latency", "portable_expert_latency",
+    )  # fmt: skip
+    endless = {"unit_loading": 1e9, "attention_load_rate": 1e18, "row_bytes_per_clock": 1e9}
+    assert (set(free) | set(endless)) <= set(m.law)
     return replace(
-        m, law=law, matrix_efficiency=1.0, attention_efficiency=1.0, vector_efficiency=1.0, bandwidth_efficiency=1.0,
+        m, law=m.law | dict.fromkeys(free, 0.0) | endless | {"overlap_power": 24.0, "narrow_matrix_efficiency": 1.0},
+        matrix_efficiency=1.0, attention_efficiency=1.0, vector_efficiency=1.0, bandwidth_efficiency=1.0,
         kernel_latency=0.0, memory_latency=0.0,
     )  # fmt: skip
 
@@ -70,11 +75,11 @@ def test_large_product_runs_at_the_peak_of_an_ideal_machine() -> None:
     assert op_cost(product(rows, cols, depth), m).seconds == pytest.approx(expected, rel=0.01)
 
 
-def test_one_tile_past_a_full_wave_costs_much_of_another() -> None:
-    """132 units, one tile of 128 x 256 each; a 133rd takes a second wave, or a third of tiles half as large."""
+def test_one_tile_past_a_full_wave_costs_a_wave() -> None:
+    """132 units and as many tiles of 128 x 256, which are 1,056 tiles of 64 x 64: 8 waves. 1,064 tiles take 9."""
     m = ideal()
     full, more = (op_cost(product(128, tiles * 256, 8192), m).busy["compute"] for tiles in (132, 133))
-    assert 1.3 < more / full <= 2
+    assert more / full == pytest.approx(9 / 8, rel=0.01)
 
 
 def test_matrix_vector_product_runs_at_the_memory_rate() -> None:
@@ -120,11 +125,16 @@ def test_kernels_join_by_the_p_norm() -> None:
     assert op_cost(op, m).seconds == pytest.approx(2 ** (1 / 3))
 
 
-def test_small_activations_stay_in_the_cache() -> None:
+def test_the_cache_holds_its_share_of_the_activations() -> None:
+    """A read and a write of n two-byte elements: what fits in the warm share costs cache time, the rest memory time."""
     m = machine("h100-sxm")
-    small, large = (op_cost(pointwise("x", n, 2), m).busy for n in (m.cache / 16, m.cache))
-    assert small["hbm"] == 0 < small["cache"]
-    assert large["cache"] == 0 < large["hbm"]
+    warm = m.law["cache_share"] * m.cache
+    rate = m.bandwidth * m.bandwidth_efficiency
+    small, large = (op_cost(pointwise("x", n, 2), m).busy for n in (warm / 8, 10 * warm))
+    assert small["hbm"] == 0
+    assert small["cache"] == pytest.approx(warm / 2 / (rate * m.law["cache_ratio"]))
+    assert large["hbm"] == pytest.approx((40 * warm - warm) / rate)
+    assert large["cache"] == pytest.approx(warm / (rate * m.law["cache_ratio"]))
 
 
 def test_weights_come_from_memory_however_small() -> None:

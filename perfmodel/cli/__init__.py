@@ -15,7 +15,20 @@ __all__ = ["main"]
 
 @click.group(
     cls=Program,
-    verbs={name: f"perfmodel.cli.{name}:{name}" for name in ("estimate", "explain", "plan", "models", "hardware")},
+    verbs={
+        name.replace("_", "-"): f"perfmodel.cli.{name}:{name}"
+        for name in (
+            "estimate",
+            "explain",
+            "plan",
+            "validate",
+            "calibrate",
+            "ingest",
+            "measure_next",
+            "models",
+            "hardware",
+        )
+    },
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 2 bad input, 3 infeasible. Every verb takes --json and --help.",
 )

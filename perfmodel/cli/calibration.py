@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from perfmodel.cli.text import heading, plural, table
 from perfmodel.errors import SpecError
 from perfmodel.spec.calibration import Parameter
 from perfmodel.spec.hardware import Device, Network, Node
 
+if TYPE_CHECKING:
+    from perfmodel.calibration import Resolved
+
 # Base units by the words parameter names are made of; what matches none is a plain number.
 _UNITS = (
-    ("second", ("latency", "overhead", "issue", "start", "host_base", "host_per_sequence")),
-    ("byte", ("memory_base", "memory_graphs", "memory_parallel")),
+    ("second", ("latency", "overhead", "issue", "start", "ramp", "host_base", "host_per_sequence", "_call", "expert_layer",
+                "profiled_launch", "storage_operation", "exchange_token")),
+    ("byte", ("token_bytes", "pass_bytes", "row_bytes", "memory_driver", "memory_context", "memory_parallel", "memory_graphs",
+              "memory_sampler", "latent_widening")),
+    ("byte/s", ("exchange_unit_rate", "attention_load_rate", "scatter_rate")),
     ("token", ("attention_tile", "attention_padding", "decode_chunk")),
-)
+    ("row", ("latent_small_rows", "latent_portable_rows")),
+)  # fmt: skip
 
 
 def unit(name: str) -> str:
     """Base unit of a parameter.
 
-    >>> unit("memory_latency"), unit("memory_base"), unit("link_efficiency")
+    >>> unit("memory_latency"), unit("memory_context"), unit("link_efficiency")
     ('second', 'byte', '1')
     """
     return next((u for u, words in _UNITS if any(word in name for word in words)), "1")
@@ -30,7 +37,8 @@ def describe(spec: Device | Node | Network, engine: str) -> dict[str, Any]:
     """Every parameter an estimate on this hardware uses, and how many there are of each group.
 
     Groups: `device` (fitted to this device), `class` (priors of its architecture, memory and links), `law` (shared by
-    all devices), `engine`. Raises SpecError for hardware that runs no model and is no link.
+    all devices), `engine`, `memory` (what the engine's version counts), `fact` (what kernels are known to do: not fitted).
+    Raises SpecError for hardware that runs no model and is no link.
     """
     from perfmodel import calibration, catalog
     from perfmodel.machine import achieved
@@ -44,19 +52,27 @@ def describe(spec: Device | Node | Network, engine: str) -> dict[str, Any]:
         found = achieved(spec, catalog.load_node(node) if node else None)
     else:
         raise SpecError(f"{spec.name!r} is a {spec.kind}: no achieved rates are kept for it")
-    rows = [
-        _row("device" if r.evidence.startswith("calibrated") else "class", k, r.parameter, r.evidence)
-        for k, r in found.items()
-    ]
+    rows = [_row(_home(r), k, r.parameter, r.evidence) for k, r in found.items()]
     if not isinstance(spec, Network):
         rows += [_row("law", k, p, "shared by all devices") for k, p in calibration.law().parameters.items()]
-        rows += [_row("engine", k, p, engine) for k, p in calibration.engine(engine).parameters.items()]
-    groups = ("device", "class", "law", "engine")
+        named = {r["name"] for r in rows}
+        rows += [_row("fact", k, p, "kernels and libraries") for k, p in calibration.law().facts.items() if k not in named]
+        driven = calibration.engine(engine)
+        rows += [_row("engine" if p.sigma > 0 else "fact", k, p, engine) for k, p in driven.parameters.items()]
+        counted = driven.account
+        rows += [_row("memory", k, p, f"{engine}, {counted.title}") for k, p in counted.parameters.items()]
+    groups = ("device", "class", "law", "engine", "memory", "fact")
     return {
         "parameters": rows,
         "counts": {g: sum(r["group"] == g for r in rows) for g in groups},
         "residual": dict(calibration.law().residual),
     }
+
+
+def _home(r: Resolved) -> str:
+    if r.parameter.sigma == 0:
+        return "fact"
+    return "device" if r.evidence.startswith("calibrated") else "class"
 
 
 def _row(group: str, name: str, p: Parameter, evidence: str) -> dict[str, Any]:

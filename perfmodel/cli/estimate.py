@@ -99,11 +99,13 @@ def _memory(result: dict[str, Any]) -> str:
     m, c = result["memory"], result["configuration"]
     tokens = c["isl"] + c["osl"]
     rows = [["weights", size(m["weights"])], ["KV cache and states", size(m["kv"])]]
-    rows += [["activations", size(m["activations"])], ["engine", size(m["other"])]]
+    rows += [["activations and sampler", size(m["activations"])], ["context, communication", size(m["overhead"])]]
+    rows += [["captured graphs", size(m["graphs"])]]
     rows.append(["total", size(m["total_per_device"]), f"of {size(m['capacity'])} the engine may use"])
     verdict = "It fits" if m["fits"] else "It does NOT fit"
     most = f"room for at most {plural(m['max_batch'], 'sequence')} of {tokens:,} tokens"
-    return f"{heading('Memory per device')}\n{table(rows, right=(1,))}\n  {verdict}: {most}."
+    counted = f"As {c['engine']} counts ({m['account']}): {m['kv_tokens']:,} tokens of KV cache per data-parallel rank."
+    return f"{heading('Memory per device')}\n{table(rows, right=(1,))}\n  {verdict}: {most}.\n  {counted}"
 
 
 def _limits(result: dict[str, Any], limits: dict[str, float | None]) -> str:

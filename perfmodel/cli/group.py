@@ -143,7 +143,24 @@ def specs_option(function: F) -> F:
     return add(function)
 
 
+def _use_calibration(context: click.Context, parameter: click.Parameter, files: tuple[str, ...]) -> None:
+    if files:
+        from perfmodel import calibration
+
+        for file in files:
+            calibration.use_file(file)
+
+
 def common_options(function: F) -> F:
     """What every verb takes."""
     add = click.option("--json", "as_json", is_flag=True, help="Print JSON in base SI units instead of text.")
-    return specs_option(add(function))
+    calibrated = click.option(
+        "--calibration-file",
+        multiple=True,
+        metavar="FILE",
+        expose_value=False,
+        callback=_use_calibration,
+        type=click.Path(exists=True, dir_okay=False),
+        help="A calibration file for its device, as `calibrate --out` writes it.",
+    )
+    return specs_option(calibrated(add(function)))

@@ -52,7 +52,8 @@ _INSTANCE = (
     click.option("--act-dtype", help="Activation format.  [the weights', else 16 bits]"),
     click.option("--kv-dtype", "--kv-cache-dtype", "kv_dtype", help="KV-cache format.  [the activations']"),
     click.option("--dtype", help="16- or 32-bit format of activations and of weights that are not quantised."),
-    click.option("--engine", default="vllm", show_default=True, help="vllm, sglang or trtllm."),
+    click.option("--engine", default="vllm", show_default=True,
+                 help="vllm, sglang, trtllm or llama.cpp; vllm==0.8.5 for a version's memory accounting."),
     click.option("--mem-fraction", "--gpu-memory-utilization", "mem_fraction", type=Quantity("ratio"),
                  help="Share of device memory the engine may use.  [the engine's]"),
 )  # fmt: skip

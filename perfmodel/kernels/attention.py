@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
 from perfmodel.kernels.base import Demands, matrix_dtype, streaming
@@ -9,54 +11,101 @@ from perfmodel.machine import Machine
 from perfmodel.ops.traffic import Op
 from perfmodel.symbols import Num
 
-_SMALLEST_ROWS = 16  # rows of the matrix instruction that short query groups are padded to
+_KEY_BLOCK = 128  # keys one step of the inner loop multiplies
+_DECODE_ROWS = 64  # query rows of kernels made for decode: one matrix instruction of a group of warps
+_SLOTS = 64  # devices with a few large units (TPUs, Gaudi) pipeline the items of one unit
+_WIDE = ("bf16", "fp16", "tf32", "fp32", "fp64")
 
 
 def attention(op: Op, m: Machine) -> Demands:
-    """Demands of one fused attention."""
+    """Demands of one fused attention.
+
+    A work item is one query tile of one KV head of one sequence. Its unit is busy for a start (loads of the queries and
+    the first keys), the padded products, and the store of the output where no other item hides it; the whole kernel for
+    the longest item, or for an even share of all items and half an item more. Memory is shared by the units that load,
+    none faster than `attention_load_rate`.
+    """
     d = streaming(op, m)
-    d.compute, loading, d.vector = _tiled(op, m, d.vector)
-    d.memory = d.memory / loading
-    d.latency = d.latency + m.law["attention_latency"] + _item_starts(op, m)
+    w = _work(op, m)
+    rate = m.bandwidth * m.bandwidth_efficiency
+    # Keys and values are long runs read in order: only a part of what other kernels lose is lost.
+    runs = (1 - m.law["attention_read_loss"] * (1 - m.bandwidth_efficiency)) / m.bandwidth_efficiency
+    share = np.minimum(np.minimum(1.0, w.parts / m.units) * runs, m.units * m.law["attention_load_rate"] / rate)
+    d.memory = d.memory / share
+    starts = m.law["attention_item_start"] * np.maximum(w.items / np.maximum(m.units, _SLOTS) / w.together, 1.0)
+    stored = sum((t.bytes for t in op.traffic if t.direction == "write"), start=0.0)
+    d.compute = starts + np.where(w.together > 1, 0.0, stored) / rate
+    dtype, padding = matrix_dtype(op), w.padding
+    if dtype is not None:
+        padded = op.flops[dtype] * w.padding / _rate(dtype, m)
+        plain = op.flops[dtype] / (m.vector * m.vector_efficiency)
+        on_matrix = (m.law["attention_packing"] > 0) | ~w.decode | (padded <= plain)
+        d.compute = d.compute + w.tail * np.where(on_matrix, padded, plain)
+        padding = np.where(on_matrix, w.padding, 1.0)
+    d.vector = d.vector * padding * w.tail
+    d.latency = d.latency + m.law["attention_latency"]
     return d
 
 
-def _tiled(op: Op, m: Machine, vector: Num) -> tuple[Num, Num, Num]:
-    """(compute seconds, share of the memory rate, vector seconds) of fused attention.
+def _rate(dtype: str, m: Machine) -> Num:
+    """Matrix FLOP/s inside attention, where 8-bit operands gain less than in plain products."""
+    narrow = m.law["attention_narrow_efficiency"] if dtype not in _WIDE and m.native(dtype) else 1.0
+    return m.peak(dtype) * m.attention_efficiency * narrow
 
-    The query rows that share a KV head fill tiles, the last one padded (below one tile, to the matrix instruction).
-    Work items are one per sequence, KV head and tile; groups shorter than a tile, and the cached context of any, are also
-    split along the context to fill the units where that is faster. The time is that of the longest item (with a causal
-    mask up to twice the mean) or of an even share of the work plus half an item for the last wave.
+
+class _Work(NamedTuple):
+    """How one attention divides."""
+
+    decode: np.ndarray
+    """Few queries over a longer cache."""
+    items: Num
+    together: Num
+    """Items one unit works on at a time, hiding each other's starts."""
+    parts: Num
+    """Items, or the pieces they are split into along the context where the units would idle otherwise."""
+    padding: Num
+    """Computed over wanted query-key pairs."""
+    tail: Num
+    """Time of the products over that of an even share for every unit."""
+
+
+def _work(op: Op, m: Machine) -> _Work:
+    """Items of one attention, their padding and how evenly they fill the units.
+
+    Kernels of the FlashAttention family pack the query heads that share a KV head into one tile, in prefill and decode
+    (`attention_packing` 1). Others (0) treat every query head alone in prefill; their decode kernels work on two items of
+    fewer rows at a time on each unit, or on the vector units where few rows would waste the matrix units. A tile
+    multiplies the union of what its rows see: with a causal mask half a tile more than its mean row, with a window a
+    tile and a partial block more.
     """
     s, law = op.shape, m.law
-    dtype = matrix_dtype(op)
-    n, q, kv_len = s["n"], s["q"], s["kv_len"]
-    packed = s["heads"] / s["kv_heads"] * q  # query rows that share one KV head
-    tile = law["attention_tile"]
-    tiles = n * s["kv_heads"] * np.ceil(packed / tile)
-    step = np.where(packed < tile, _SMALLEST_ROWS, tile)
-    padding = np.ceil(packed / step) * step / packed
-    divisible = np.where(packed < tile, kv_len, kv_len - q)
-    items = tiles * np.maximum(np.minimum(divisible / law["decode_chunk"], 2 * m.units / tiles), 1.0)
-    uneven = np.clip(kv_len * n * q / s["pairs"], 1.0, 2.0)
+    n, q, kv_len, heads = s["n"], s["q"], s["kv_len"], s["heads"]
+    tile, group = law["attention_tile"], heads / s["kv_heads"]
+    packs = law["attention_packing"]
+    decode = np.asarray((kv_len > q) & (group * q <= tile))
+    shared = np.where(group > law["attention_largest_group"], 1.0, group)
+    shared = np.where(decode, shared, group**packs)
+    rows = shared * q
+    tiles = np.ceil(rows / tile)
+    items = n * heads / shared * tiles
+    together = np.maximum(law["attention_blocks"], np.where(decode, 2.0 - packs, 1.0))
+    height = np.where(decode & (packs == 0), np.minimum(_DECODE_ROWS, tile), tile)
 
-    def stretch(count: Num) -> Num:
+    seen = s["pairs"] / (n * q)  # keys of the mean query row
+    slope = np.clip((kv_len - seen) / np.maximum(q - 1, 1), 0.0, 1.0)  # by how many tokens its window moves on a row
+    full = np.ceil(kv_len / _KEY_BLOCK) * _KEY_BLOCK
+    union = seen + slope * (np.minimum(tile / shared, q) - 1) + _KEY_BLOCK * np.maximum(2 * slope - 1, 0.0)
+    union = np.clip(union, _KEY_BLOCK, full)
+    longest = union + (full - union) * np.clip(2 - 2 * slope, 0.0, 1.0)
+    padding = np.ceil(rows / height) * height / rows * union / seen
+
+    divisible = np.where(decode, kv_len, kv_len - q)
+    parts = items * np.maximum(np.minimum(divisible / law["decode_chunk"], 2 * m.units / items), 1.0)
+
+    def stretch(count: Num, uneven: Num) -> Num:
         """Time over an even share of the work."""
-        full = count / m.units
-        return np.maximum(uneven / full, 1 + 0.5 * uneven / full * (full > 1))
+        each = count / m.units
+        return np.maximum(uneven / each, 1 + 0.5 * uneven / each * (each > 1))
 
-    tail = np.minimum(stretch(tiles), stretch(items))
-    loading = np.minimum(1.0, items / (m.units * law["units_to_saturate_memory"]))
-    if dtype is None:
-        return 0.0, loading, vector
-    rate = m.peak(dtype) * m.attention_efficiency
-    return op.flops[dtype] * padding * tail / rate, loading, vector * tail
-
-
-def _item_starts(op: Op, m: Machine) -> Num:
-    """Seconds one unit spends starting and ending prefill tiles (query load, first keys, output store), not overlapped."""
-    packed = op.shape["heads"] / op.shape["kv_heads"] * op.shape["q"]
-    tile = m.law["attention_tile"]
-    items = np.where(packed < tile, 0.0, op.shape["n"] * op.shape["kv_heads"] * packed / tile)
-    return items / m.units * m.law["attention_tile_start"]
+    tail = np.minimum(stretch(items, longest / union), stretch(parts, longest / union))
+    return _Work(decode, items, together, parts, padding, tail)

@@ -37,21 +37,36 @@ def passing_bytes(op: Op) -> Num:
 def streaming(op: Op, m: Machine) -> Demands:
     """Traffic and vector work of any kernel: the whole law of element-wise ones.
 
-    Activations stay in the last-level cache when they fill less than half of it.
+    held = min(passing, cache_share cache): the bytes of activations that the last-level cache still holds from the kernel
+    before, at `cache_ratio` times the memory rate. Seconds: (stored + passing - held + held / cache_ratio) / (bandwidth e).
     """
     vector = np.maximum(
         op.flops.get("vector", 0.0) / (m.vector * m.vector_efficiency),
         op.flops.get("exp", 0.0) / (m.exp * m.vector_efficiency),
     )
     stored, passing = stored_bytes(op), passing_bytes(op)
-    cached = passing <= m.cache / 2
+    held = np.minimum(passing, m.law["cache_share"] * m.cache)
     rate = m.bandwidth * m.bandwidth_efficiency
-    return Demands(
-        vector=vector,
-        memory=(stored + np.where(cached, 0.0, passing)) / rate,
-        cache=np.where(cached, passing, 0.0) / (rate * m.law["cache_ratio"]),
-        latency=m.memory_latency,
-    )
+    memory, cache = (stored + passing - held) / rate, held / (rate * m.law["cache_ratio"])
+    if "rows" in op.shape:
+        memory = np.maximum(memory, _row_seconds(op, m, passing) - cache)
+    return Demands(vector=vector, memory=memory, cache=cache, latency=m.memory_latency)
+
+
+# Devices of fewer, wider cores (TPU, Gaudi) divide a row among them.
+_FEWEST_BLOCKS = 16
+
+
+def _row_seconds(op: Op, m: Machine, moved: Num) -> Num:
+    """Least seconds of a kernel that gives each row to one thread block (norms, rotary, gated activations).
+
+    A unit moves `row_bytes_per_clock` at best, set by its loads in flight over their latency (Little's law), and with
+    fewer rows than units the others idle: moved / (min(rows, units) clock row_bytes_per_clock).
+    """
+    if m.device.compute is None or m.units < _FEWEST_BLOCKS:
+        return 0.0
+    each = m.device.compute.clock * m.law["row_bytes_per_clock"]
+    return moved / (np.minimum(op.shape["rows"], m.units) * each)
 
 
 def matrix_dtype(op: Op) -> str | None:

@@ -1,65 +1,79 @@
-"""Tiled matrix products: output tiles and k-splits over the units of a device, dense and grouped by expert."""
+"""Tiled matrix products: output tiles and k-splits over the units of a device."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from perfmodel.kernels.base import Demands, matrix_dtype, streaming
+from perfmodel.kernels.base import STORED, Demands, matrix_dtype, stored_bytes, streaming
 from perfmodel.machine import Machine
 from perfmodel.ops.traffic import Op
 from perfmodel.symbols import Num
 
 # Output tiles (rows, columns) and k-splits that matrix libraries choose between.
-_TILES = ((64, 64), (64, 128), (128, 128), (128, 256))
+_TILES = ((64, 64), (128, 128), (128, 256))
 _SPLITS = (1, 2, 4, 8)
+_FOUR_BITS = ("fp4", "int4")
+_SMALLEST_ROWS = 16  # rows of the matrix instruction that short tiles are padded to
 
 
 def gemm(op: Op, m: Machine) -> Demands:
     """Demands of one dense matrix product."""
     d = streaming(op, m)
-    d.compute, loading = _tiled(op, m, 1.0)
-    d.memory = d.memory / loading
+    d.compute = tiled(op, m)
+    d.memory, d.cache = ramped(d, m)
+    # The first loads are part of a tile's overhead. A cast that finds a scale for each row gives each a thread block.
+    d.latency = m.law.get("row_scale_latency", 0.0) * op.shape.get("scales", 0.0) / m.units
+    # Libraries on CPUs first copy the weights into the order their tiles read, unless there is one row only.
+    packed = m.law["weight_packing"] * stored_bytes(op) / (m.bandwidth * m.bandwidth_efficiency)
+    d.latency = d.latency + np.where(op.shape["m"] > 1, packed, 0.0)
     return d
 
 
-def grouped_gemm(op: Op, m: Machine) -> Demands:
-    """Demands of one product per touched expert in one kernel."""
-    d = streaming(op, m)
-    groups = op.shape["groups"]
-    d.compute, loading = _tiled(op, m, groups)
-    d.memory = d.memory / loading
-    d.latency = d.latency + m.law["moe_latency"] / 2 + m.law["expert_overhead"] * groups
-    return d
+def ramped(d: Demands, m: Machine) -> tuple[Num, Num]:
+    """(memory, cache) seconds with the time until enough loads are in flight.
+
+    A kernel whose traffic takes x seconds at the achieved rate takes x + x r / (x + r), r = `matrix_ramp`: one short
+    against r never reaches the rate, a long one loses r.
+    """
+    x, r = d.memory + d.cache, m.law["matrix_ramp"]
+    slower = 1 + r / (x + r)
+    return d.memory * slower, d.cache * slower
 
 
-def _tiled(op: Op, m: Machine, groups: Num) -> tuple[Num, Num]:
-    """(compute seconds, share of the memory rate that the working units can draw) of a tiled matrix product.
+def tiled(op: Op, m: Machine, groups: Num = 1) -> Num:
+    """Seconds the busiest unit works on its tiles of a matrix product of m rows, n columns and depth k, per group.
 
-    tiles = ceil(m/tm) ceil(n/tn) split per group; waves = ceil(tiles/units); each wave lasts one tile:
-    2 tm tn (k/split) / (peak e / units) + overhead. The best of a few tile shapes and k-splits is taken.
+    tiles = ceil(m/tm) ceil(n/tn) split groups; waves = ceil(tiles/units). A wave lasts one tile: the p-norm of
+    2 tm tn (k/split) FLOP at the unit's matrix rate and of its operands, (tm + tn) (k/split) elements, at the unit's
+    load rate (`unit_loading` times its share of the memory rate, from the cache), plus `tile_overhead`; a split along k
+    adds `split_overhead` to join the parts. The best of a few tile shapes and splits is taken. Few rows use few of a tile's:
+    padded to the matrix instruction, or not at all on the vector units.
     """
     dtype = str(matrix_dtype(op))
     rows, cols, depth = op.shape["m"], op.shape["n"], op.shape["k"]
-    flops = op.flops[dtype]
-    per_unit = m.matrix_rate(dtype) / m.units
+    stored = next(t.width for t in op.traffic if t.tensor in STORED)
+    inputs = next(t.width for t in op.traffic if t.tensor == "activations")
+    # Four bits are two halvings below sixteen.
+    rate = m.matrix_rate(dtype) * (m.law["narrow_matrix_efficiency"] if dtype in _FOUR_BITS else 1.0) / m.units
+    plain = m.vector * m.vector_efficiency / m.units
+    load_rate = m.law["unit_loading"] * m.bandwidth / m.units
+    p = m.law["overlap_power"]
     best: Num = np.inf
-    most_tiles: Num = 0.0
     for tile_m, tile_n in _TILES:
         grid = np.ceil(rows / tile_m) * np.ceil(cols / tile_n) * groups
-        # Narrow tiles reuse each operand less and run the matrix units below their best.
-        reuse = (tile_m * tile_n / (tile_m + tile_n)) / (128 * 256 / (128 + 256))
-        per_flop = 2 * tile_m * tile_n / (per_unit * reuse**0.25)
+        used = np.minimum(rows, tile_m)
+        padded = np.minimum(np.ceil(used / _SMALLEST_ROWS) * _SMALLEST_ROWS, tile_m)
+        multiply = 2 * tile_n * np.minimum(padded / rate, used / plain)
+        load = (used * inputs + tile_n * stored) / load_rate
+        per_depth = (multiply**p + load**p) ** (1 / p)
         for split in _SPLITS:
             # Only a grid that leaves units idle is split along k.
-            useful = (split == 1) | (grid < m.units)
-            if not np.any(useful):
-                continue
-            tiles = grid * split
-            waves = np.ceil(tiles / m.units)
-            seconds = waves * (per_flop * depth / split + m.law["tile_overhead"])
-            best = np.minimum(best, np.where(useful, seconds, np.inf))
-            most_tiles = np.maximum(most_tiles, np.where(useful, tiles, 0.0))
-    loading = np.minimum(1.0, most_tiles / (m.units * m.law["units_to_saturate_memory"]))
-    # A few rows need no tile: matrix-vector kernels run on the vector units, without padding.
-    best = np.minimum(best, flops / (m.vector * m.vector_efficiency))
-    return np.maximum(best, flops / m.matrix_rate(dtype)), loading
+            useful = grid < m.units
+            if split > 1 and not np.any(useful):
+                break
+            waves = np.ceil(grid * split / m.units)
+            seconds = waves * (per_depth * depth / split + m.law["tile_overhead"])
+            if split > 1:
+                seconds = np.where(useful, seconds + m.law["split_overhead"], np.inf)
+            best = np.minimum(best, seconds)
+    return best

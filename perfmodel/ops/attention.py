@@ -87,10 +87,12 @@ def _contextual(a: Attention, s: Shard, group: Group, i: int, heads: Num, kv_hea
     """Attention of one group, with the exchange that context parallelism needs."""
     f = s.formats
     suffix = f"_{i}" if len(s.groups) > 1 else ""
+    # Engines cast the queries to the format of an 8-bit floating-point cache and multiply there.
+    multiplied = f.kv if f.kv.matrix == "fp8" else f.act
     op = softmax_attention(
         f"attention{suffix}", group, heads=heads, kv_heads=kv_heads, qk_dim=a.head_dim, v_dim=a.head_dim,
         kv_elements=2 * kv_heads * a.head_dim, kv_width=f.kv.width, act_width=f.act.width,
-        dtype=str(f.act.matrix), window=a.window, causal=s.causal,
+        dtype=str(multiplied.matrix), window=a.window, causal=s.causal,
     )  # fmt: skip
     if is_one(s.par.cp):
         return [op]

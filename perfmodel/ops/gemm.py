@@ -30,8 +30,8 @@ def gemm(
     elements = n * k if weights is None else weights
     flops: dict[str, Num] = {dtype: 2 * m * n * k}
     if not narrow and weight.width < act.width:
-        # Weight-only formats are expanded on the vector units: about two operations an element.
-        flops["vector"] = 2 * elements
+        # Weight-only formats are expanded on the vector units: convert and scale, below 8 bits after a shift and a mask.
+        flops["vector"] = (2 if weight.bits >= 8 else 4) * elements
     op = Op(
         name,
         "gemm",
@@ -41,7 +41,7 @@ def gemm(
             read("activations", m * k, matrix_width if narrow else act.width),
             write("activations", m * n, act.width),
         ),
-        {"m": m, "n": n, "k": k},
+        {"m": m, "n": n, "k": k} | ({"scales": m} if narrow and not weight.group else {}),
         reference="2mnk",
     )
     return [quantise(f"{name}.quantise", m * k, act, matrix_width), op] if narrow else [op]

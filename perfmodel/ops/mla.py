@@ -10,6 +10,7 @@ from perfmodel.ops.gemm import gemm, linear
 from perfmodel.ops.shard import Group, Shard
 from perfmodel.ops.traffic import Op, Residency, read, write
 from perfmodel.parameters import Weight, mixer_weights
+from perfmodel.spec.formats import Format
 from perfmodel.spec.model import Indexer, LatentAttention
 from perfmodel.symbols import Num, is_one, minimum
 
@@ -49,19 +50,44 @@ def latent_attention(a: LatentAttention, s: Shard) -> list[Op]:
     return ops
 
 
+def absorbed_core(
+    name: str, a: LatentAttention, group: Group, heads: Num, kv: Format, act: Format, causal: bool = True
+) -> Op:
+    """Queries of kv_rank + rope_dim elements meet the latent, which serves as keys and, less its rope part, as values.
+
+    One latent per token is read, whatever the heads: 2 (2 r_kv + d_r) FLOPs per head and pair. An fp8 cache is
+    multiplied in fp8 where the device can.
+    """
+    latent = a.kv_rank + a.rope_dim
+    core = softmax_attention(
+        name, group, heads=heads, kv_heads=1, qk_dim=latent, v_dim=a.kv_rank, kv_elements=latent, kv_width=kv.width,
+        act_width=act.width, dtype=str(kv.matrix if kv.matrix == "fp8" else act.matrix),
+        window=a.indexer.top_k if a.indexer is not None else None, causal=causal,
+    )  # fmt: skip
+    return replace(core, kind="latent_attention", shape={**core.shape, "absorbed": 1})
+
+
+def expanded_core(
+    name: str, a: LatentAttention, group: Group, heads: Num, kv: Format, act: Format, causal: bool = True
+) -> Op:
+    """Every head has keys of nope_dim + rope_dim and values of v_dim: 2 (d_n + d_r + d_v) FLOPs per head and pair."""
+    qk = a.nope_dim + a.rope_dim
+    core = softmax_attention(
+        name, group, heads=heads, kv_heads=heads, qk_dim=qk, v_dim=a.v_dim, kv_elements=heads * (qk + a.v_dim),
+        kv_width=kv.width, act_width=act.width, dtype=str(kv.matrix), causal=causal,
+    )  # fmt: skip
+    return replace(core, kind="latent_attention", shape={**core.shape, "absorbed": 0})
+
+
 def _contextual(a: LatentAttention, s: Shard, group: Group, i: int, heads: Num) -> list[Op]:
     f = s.formats
     suffix = f"_{i}" if len(s.groups) > 1 else ""
-    latent = a.kv_rank + a.rope_dim
-    top_k = a.indexer.top_k if a.indexer is not None else None
-    absorbed = s.absorbed or group.decode or top_k is not None
+    absorbed = s.absorbed or group.decode or a.indexer is not None
+    width = f.stored("latent").width
     ops: list[Op] = []
     if absorbed:
-        ops += _per_head(f"q_absorb{suffix}", s.local(group), heads, a.nope_dim, a.kv_rank, s)
-        core = softmax_attention(
-            f"attention{suffix}", group, heads=heads, kv_heads=1, qk_dim=latent, v_dim=a.kv_rank, kv_elements=latent,
-            kv_width=f.kv.width, act_width=f.act.width, dtype=str(f.act.matrix), window=top_k, causal=s.causal,
-        )  # fmt: skip
+        ops.append(per_head(f"q_absorb{suffix}", s.local(group), heads, a.nope_dim, a.kv_rank, width, f.act))
+        core = absorbed_core(f"attention{suffix}", a, group, heads, f.kv, f.act, s.causal)
     else:
         expanded = heads * (a.nope_dim + a.v_dim)
         rebuilt = group.n * (group.c + group.q) / (1 if group.decode else s.par.cp)
@@ -70,38 +96,29 @@ def _contextual(a: LatentAttention, s: Shard, group: Group, i: int, heads: Num) 
             dtype=f.compute("latent"),
         )  # fmt: skip
         ops += [replace(op, contextual=True) for op in rebuild]
-        qk = a.nope_dim + a.rope_dim
-        core = softmax_attention(
-            f"attention{suffix}", group, heads=heads, kv_heads=heads, qk_dim=qk, v_dim=a.v_dim,
-            kv_elements=heads * (qk + a.v_dim), kv_width=f.act.width, act_width=f.act.width,
-            dtype=str(f.act.matrix), causal=s.causal,
-        )  # fmt: skip
+        core = expanded_core(f"attention{suffix}", a, group, heads, f.act, f.act, s.causal)
     # Ranks that rebuild only their own share of keys and values must pass on what they rebuilt.
-    passed = latent if absorbed else heads * (a.nope_dim + a.v_dim) + a.rope_dim
+    passed = a.kv_rank + a.rope_dim if absorbed else heads * (a.nope_dim + a.v_dim) + a.rope_dim
     ops += [core] if is_one(s.par.cp) else context_parallel(core, s, group, passed, heads * (a.kv_rank + 1), suffix)
     if absorbed:
-        ops += _per_head(f"v_up{suffix}", s.local(group), heads, a.kv_rank, a.v_dim, s)
+        ops.append(per_head(f"v_up{suffix}", s.local(group), heads, a.kv_rank, a.v_dim, width, f.act))
     return ops
 
 
-def _per_head(name: str, tokens: Num, heads: Num, k: Num, n: Num, s: Shard) -> list[Op]:
-    """Batched GEMM with one small matrix per head; kept in the activation format by the engines."""
-    f = s.formats
-    width = f.stored("latent").width
-    return [
-        Op(
-            name,
-            "gemm",
-            {str(f.act.matrix): 2 * tokens * heads * k * n},
-            (
-                read("weights", heads * k * n, width),
-                read("activations", tokens * heads * k, f.act.width),
-                write("activations", tokens * heads * n, f.act.width),
-            ),
-            {"m": tokens, "n": n * heads, "k": k},
-            reference="arXiv:2405.04434",
-        )
-    ]
+def per_head(name: str, tokens: Num, heads: Num, k: Num, n: Num, width: Num, act: Format) -> Op:
+    """Batched GEMM with one small matrix of `width` bytes an element per head; multiplied in the activation format."""
+    return Op(
+        name,
+        "gemm",
+        {str(act.matrix): 2 * tokens * heads * k * n},
+        (
+            read("weights", heads * k * n, width),
+            read("activations", tokens * heads * k, act.width),
+            write("activations", tokens * heads * n, act.width),
+        ),
+        {"m": tokens, "n": n * heads, "k": k},
+        reference="arXiv:2405.04434",
+    )
 
 
 def _indexer(x: Indexer, s: Shard, weights: dict[str, Weight]) -> list[Op]:

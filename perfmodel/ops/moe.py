@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
 from perfmodel.ops.collective import collective
-from perfmodel.ops.elementwise import activation, pointwise
-from perfmodel.ops.gemm import linear, quantise
+from perfmodel.ops.elementwise import activation
+from perfmodel.ops.gemm import linear
 from perfmodel.ops.shard import Shard
 from perfmodel.ops.traffic import Op, read, write
 from perfmodel.parameters import ffn_weights
+from perfmodel.spec.formats import Format
 from perfmodel.spec.model import Mlp, Moe
-from perfmodel.symbols import Num, is_one, log, maximum, symbol, symbolic
+from perfmodel.symbols import Num, is_one, log, maximum, minimum, symbol, symbolic
 
 
 def dense_ffn(inter: Num, gated: bool, s: Shard, *, part: str = "dense_ffn", prefix: str = "") -> list[Op]:
@@ -82,7 +84,7 @@ def slowest(mean: Num, ranks: Num) -> Num:
 
 
 def moe_ffn(m: Moe, s: Shard) -> list[Op]:
-    """Router, dispatch, experts as grouped GEMMs over the experts that were touched, combine, shared experts.
+    """Router, dispatch, the experts that were touched, combine, shared experts.
 
     Experts are divided over ep ranks and each is cut over moe_tp = tp dp cp / ep devices. Tokens of all
     data- and context-parallel ranks meet in the experts; dispatch and combine move them when dp * cp > 1.
@@ -91,19 +93,20 @@ def moe_ffn(m: Moe, s: Shard) -> list[Op]:
     ranks = par.ep
     spread = par.dp * par.cp
     tokens = s.tokens * spread
-    per_token = s.tokens * m.experts
     weights = {w.name: w for w in ffn_weights(m, s.hidden)}
     # The gate of the shared experts is one more row beside the router's.
     scores = [weights[name] for name in ("router", "shared_gate") if name in weights]
     ops = linear("+".join(w.name for w in scores), s.tokens, scores, 1, "column",
                  weight=f.stored("router"), act=f.act, dtype=f.compute("router"))  # fmt: skip
-    ops.append(pointwise("top_k", per_token, 4, writes=0.1, flops=4, exp=1))
     if not is_one(spread):
         ops.append(_exchange("dispatch", m, s, f.expert.width if f.quantise else f.act.width))
     routed = slowest(tokens * m.top_k / ranks, ranks)
-    active = touched(m.experts, m.top_k, tokens) / ranks
-    ops += _experts(m, s, routed, active)
-    ops.append(pointwise("combine_topk", routed * s.hidden, f.act.width, writes=1 / m.top_k, flops=2))
+    dtype = f.compute("experts")
+    ops += routed_experts(
+        Routed(routed, touched(m.experts, m.top_k, tokens) / ranks, minimum(tokens, routed), experts=m.experts / ranks),
+        s.hidden, m.inter / par.moe_tp, gated=m.gated, weight=f.expert, act=f.act, dtype=dtype,
+        narrow=f.expert.width if dtype != f.act.matrix else None,
+    )  # fmt: skip
     if not is_one(spread):
         ops.append(_exchange("combine", m, s, f.act.width))
     if m.shared_inter:
@@ -113,42 +116,82 @@ def moe_ffn(m: Moe, s: Shard) -> list[Op]:
     return ops
 
 
-def _experts(m: Moe, s: Shard, routed: Num, active: Num) -> list[Op]:
-    """Grouped GEMMs: `routed` token-expert pairs over `active` touched experts on this device."""
-    f, cut = s.formats, s.par.moe_tp
-    stored, dtype = f.expert, f.compute("experts")
-    inner = m.inter / cut
-    columns = (2 if m.gated else 1) * inner
-    ops: list[Op] = []
-    narrow = dtype != f.act.matrix
-    width = stored.width if narrow else f.act.width
-    if narrow:
-        ops.append(quantise("experts.quantise", routed * s.hidden, f.act, width))
+class Routed(NamedTuple):
+    """What routing gives one device: `pairs` of a token and an expert it holds, on `active` of its experts."""
 
-    def grouped(name: str, n: Num, k: Num) -> Op:
-        flops: dict[str, Num] = {dtype: 2 * routed * n * k}
-        if not narrow and stored.width < f.act.width:
-            flops["vector"] = 2 * active * n * k
+    pairs: Num
+    active: Num
+    tokens: Num
+    """Tokens that enter the layer on this device."""
+    slots: Num | None = None
+    """Rows of the intermediate results: `pairs`, or more where kernels keep a row for choices of other devices."""
+    even: Num = 0
+    """1: every active expert has exactly as many tokens as any other."""
+    experts: Num | None = None
+    """Experts this device holds, for text as served, where some are more popular (see kernels/grouped.py)."""
+
+
+def routed_experts(
+    r: Routed, hidden: Num, inter: Num, *, gated: bool, weight: Format, act: Format, dtype: str,
+    narrow: Num | None = None, portable: bool | None = None,
+) -> list[Op]:  # fmt: skip
+    """The passes of a fused layer of experts, and its two grouped products.
+
+    Passes: top-k and sort, the casts (where activations are multiplied `narrow` bytes wide), the activation function,
+    and the weighted sum of each token's rows. Products: gate and up, then down, a row per pair. inter: of one expert on
+    this device. portable: the kernels measured (see kernels/grouped.py); None: the device's default. FLOPs 2 pairs n k
+    each; block-sparse products of Gale et al., arXiv:2211.15841.
+    """
+    pairs, tokens = r.pairs, r.tokens
+    slots = pairs if r.slots is None else r.slots
+    active = maximum(r.active, 1)
+    parts = 2 if gated else 1
+    width = act.width if narrow is None else narrow
+    # Weight-only formats need kernels that expand them.
+    kernels: dict[str, Num] = {"expands": narrow is None and weight.width < act.width}
+    if portable is not None:
+        kernels["portable"] = portable
+    if r.experts is not None:
+        kernels["experts"] = r.experts
+
+    def product(name: str, n: Num, k: Num) -> Op:
         return Op(
             name,
             "grouped_gemm",
-            flops,
+            {dtype: 2 * pairs * n * k},
             (
-                read("experts", active * n * k, stored.width),
-                read("activations", routed * k, width),
-                write("activations", routed * n, f.act.width),
+                read("experts", r.active * n * k, weight.width),
+                read("activations", pairs * k, width),
+                write("activations", slots * n, act.width),
             ),
-            {"m": routed / maximum(active, 1), "n": n, "k": k, "groups": maximum(active, 1)},
+            {"m": pairs / active, "n": n, "k": k, "groups": active, "even": r.even, **kernels},
             reference="arXiv:2211.15841",
         )
 
-    name = "experts.gate_up_proj" if m.gated else "experts.up_proj"
-    ops.append(grouped(name, columns, s.hidden))
-    ops.append(activation("experts.activation", routed, inner, f.act.width, gated=m.gated))
-    if narrow:
-        ops.append(quantise("experts.quantise_down", routed * inner, f.act, width))
-    ops.append(grouped("experts.down_proj", s.hidden, inner))
-    return ops
+    inner = slots * inter
+    passes = [
+        read("activations", parts * inner, act.width),
+        write("activations", inner, act.width),
+        read("activations", slots * hidden, act.width),
+        write("activations", tokens * hidden, act.width),
+    ]
+    if narrow is not None:
+        cast = tokens * hidden + pairs * inter
+        passes += [read("activations", cast, act.width), write("activations", cast, width)]
+    name = "experts.gate_up_proj" if gated else "experts.up_proj"
+    return [
+        Op(
+            "experts.passes",
+            "expert_passes",
+            {"vector": (4 if gated else 3) * inner + 2 * slots * hidden, "exp": inner},
+            tuple(passes),
+            {"elements": tokens * hidden, **kernels},
+            launches=2,
+            reference="arXiv:2211.15841",
+        ),
+        product(name, parts * inter, hidden),
+        product("experts.down_proj", hidden, inter),
+    ]
 
 
 def _exchange(name: str, m: Moe, s: Shard, width: Num) -> Op:

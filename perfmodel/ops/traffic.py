@@ -9,7 +9,18 @@ from typing import Any, Literal
 from perfmodel.symbols import Num
 
 TensorKind = Literal["weights", "experts", "kv", "activations", "state", "logits"]
-OpKind = Literal["gemm", "grouped_gemm", "attention", "elementwise", "scan", "gather", "collective", "p2p"]
+OpKind = Literal[
+    "gemm",
+    "grouped_gemm",
+    "expert_passes",
+    "attention",
+    "latent_attention",
+    "elementwise",
+    "scan",
+    "gather",
+    "collective",
+    "p2p",
+]
 
 
 @dataclass(frozen=True, slots=True)

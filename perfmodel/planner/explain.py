@@ -121,7 +121,9 @@ def _alternative(name: str, test: Callable[[Layout], bool], found: Enumerator, o
         return Alternative(name, None, columns, _why_short(test, found, columns, offers, rates))
     extra = solution.objective - best
     if extra <= max(1e-6, 1e-4 * abs(best)):
-        same = "this is the chosen plan" if all(test(p.column.layout) for p in chosen) else "same, with more devices busy"
+        same = (
+            "this is the chosen plan" if all(test(p.column.layout) for p in chosen) else "same, with more devices busy"
+        )
         return Alternative(name, solution, columns, f"{solution.objective:,.2f} {unit}: {same}")
     rate = sum(rates)
     limits = sorted({c.limited_by for c in columns if round(solution.values.get(f"n_{columns.index(c)}", 0))})

@@ -98,12 +98,17 @@ class Section:
 SECTIONS: dict[str, Section] = {}
 
 
-def section(name: str, per: Literal["plan", "run"] = "plan") -> Callable[[Maker], Maker]:
-    """Register a section: a function of (run, plan) or of (run), with the recipe's options as keyword-only arguments."""
+def section(
+    name: str, per: Literal["plan", "run"] = "plan", *, registry: dict[str, Section] = SECTIONS
+) -> Callable[[Maker], Maker]:
+    """Register a section: a function of (run, plan) or of (run), with the recipe's options as keyword-only arguments.
+
+    registry: the sections of one kind of report; by default those of a plan's.
+    """
 
     def register(make: Maker) -> Maker:
         named = inspect.signature(make).parameters.values()
-        SECTIONS[name] = Section(make, per, tuple(p.name for p in named if p.kind is p.KEYWORD_ONLY))
+        registry[name] = Section(make, per, tuple(p.name for p in named if p.kind is p.KEYWORD_ONLY))
         return make
 
     return register

@@ -55,7 +55,9 @@ def _figure(height: int, **layout: Any) -> go.Figure:
 
 def _limit(figure: go.Figure, x: float, text: str, *, low: bool = False) -> None:
     """A vertical limit line with its name at the top or the bottom, on a logarithmic axis."""
-    figure.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": LIMIT, "width": 2, "dash": "dash"})
+    figure.add_shape(
+        type="line", x0=x, x1=x, y0=0, y1=1, yref="paper", line={"color": LIMIT, "width": 2, "dash": "dash"}
+    )
     figure.add_annotation(
         x=math.log10(x), y=0 if low else 1, yref="paper", text=plain(text), showarrow=False, xanchor="right",
         yanchor="bottom" if low else "top", xshift=-5, font={"color": LIMIT, "size": 12},
@@ -144,7 +146,9 @@ def _clusters(points: Sequence[tuple[series.Step, dict[str, Any]]]) -> list[tupl
             if label[0] == f"{s.phase}:" and math.hypot(math.log10(row["intensity"] / x), math.log10(row["achieved"] / y)) < 0.7
         ]  # fmt: skip
         if not near:
-            found.append(([f"{s.phase}:", row["name"]], row["intensity"] < row["ridge"], row["intensity"], row["achieved"]))
+            found.append(
+                ([f"{s.phase}:", row["name"]], row["intensity"] < row["ridge"], row["intensity"], row["achieved"])
+            )
         elif row["name"] not in near[0]:
             near[0].append(row["name"])
     return found
@@ -173,7 +177,14 @@ def _bar_labels(figure: go.Figure, labels: Sequence[str], *, shown: float = 0.27
     """Names above horizontal bars, which leaves the whole width to the bars."""
     for i, label in enumerate(labels):
         figure.add_annotation(
-            x=0, xref="paper", y=i - shown, text=plain(label), showarrow=False, xanchor="left", yanchor="bottom", align="left"
+            x=0,
+            xref="paper",
+            y=i - shown,
+            text=plain(label),
+            showarrow=False,
+            xanchor="left",
+            yanchor="bottom",
+            align="left",
         )
     figure.update_yaxes(visible=False, range=[len(labels) - 0.6, -0.75], automargin=False)
 
@@ -359,7 +370,9 @@ def lengths(inputs: series.Line, outputs: series.Line, buckets: Sequence[Bucket]
 
 def alternatives(names: Sequence[str], values: Sequence[float], best: float, unit: str) -> go.Figure:
     """Objective of each alternative that carries the load, cheapest first; the first bar is the chosen plan."""
-    figure = _figure(60 + 46 * len(names), bargap=0.62, xaxis={"title": {"text": unit}, "range": [0, max(values) * 1.02]})
+    figure = _figure(
+        60 + 46 * len(names), bargap=0.62, xaxis={"title": {"text": unit}, "range": [0, max(values) * 1.02]}
+    )
     figure.add_bar(
         y=list(range(len(names))), x=list(values), orientation="h", showlegend=False,
         marker={"color": ["var(--c3)"] + ["var(--c1)" if v > best * (1 + 1e-4) else "var(--c5)" for v in values[1:]]},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from perfmodel import __version__, catalog
 from perfmodel.errors import SpecError, did_you_mean
 from perfmodel.planner.run import PlanRun
 from perfmodel.report import sections  # registers the sections
-from perfmodel.report.blocks import SECTIONS, Block, Chart, Fold
+from perfmodel.report.blocks import SECTIONS, Block, Chart, Fold, Section
 from perfmodel.report.figures import TEMPLATE
 from perfmodel.spec import yaml
 from perfmodel.spec.base import Spec
@@ -52,38 +53,75 @@ def write(run: PlanRun, out: str | Path, recipe: str | Path | None = None) -> Pa
     the folder cannot be written.
     """
     source = Path(recipe) if recipe is not None else catalog.root("reports") / "plan.yaml"
-    page = render(run, source)
-    folder = Path(out)
+    return save(Path(out), {"plan.json": json_text(run.data), "report.html": render(run, source)})
+
+
+def save(folder: Path, files: Mapping[str, str]) -> Path:
+    """Write files into a folder, made where it is missing; the path of the last. Raises SpecError where it cannot be written."""
+    path = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "plan.json").write_text(json.dumps(_plain(run.data), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        path = folder / "report.html"
-        path.write_text(page, encoding="utf-8")
+        for name, text in files.items():
+            path = folder / name
+            path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise SpecError(f"cannot write the report: {error.strerror or error}", file=str(error.filename or folder)) from None
+        raise SpecError(
+            f"cannot write the report: {error.strerror or error}", file=str(error.filename or folder)
+        ) from None
     return path
+
+
+def json_text(data: Any) -> str:
+    """Data as an indented JSON document."""
+    return json.dumps(_plain(data), indent=1, allow_nan=False) + "\n"
 
 
 def render(run: PlanRun, source: Path) -> str:
     """The page as text."""
-    document = yaml.read(source)
-    recipe = yaml.validate(document, Recipe)
-    _check(recipe, document)
+    recipe = read_recipe(source, SECTIONS)
     charts: dict[str, Any] = {}
     before: list[dict[str, Any]] = []
     after: list[dict[str, Any]] = []
     panels: list[dict[str, Any]] = [
-        {"id": _slug(f"load-{p.workload.load:g}"), "load": p.workload.load, "rate": p.workload.rate, "sections": []}
+        {
+            "id": _slug(f"load-{p.workload.load:g}"),
+            "tab": f"Load ×{p.workload.load:g}",
+            "sections": [],
+            "heading": f"Load ×{p.workload.load:g}: {p.workload.rate:.4g} requests/s",
+        }
         for p in run.plans
     ]
     for entry in recipe.sections:
         known = SECTIONS[entry.section]
         if known.per == "run":
-            place = after if any(panel["sections"] for panel in panels) else before
-            _place(place, entry, known.make(run, **entry.options), "run", charts)
+            where = after if any(panel["sections"] for panel in panels) else before
+            place(where, entry, known.make(run, **entry.options), "run", charts)
             continue
         for panel, p in zip(panels, run.plans, strict=True):
-            _place(panel["sections"], entry, known.make(run, p, **entry.options), panel["id"], charts)
+            place(panel["sections"], entry, known.make(run, p, **entry.options), panel["id"], charts)
+    subtitle = (
+        f"Objective: {run.spec.objective}. Times are predictions from datasheets and calibrated parameters, not "
+        "measurements; see the end of the page."
+    )
+    return document(
+        source, recipe, title=recipe.title.format(model=run.spec.model), subtitle=subtitle, before=before, panels=panels,
+        after=after, charts=charts,
+    )  # fmt: skip
+
+
+def document(
+    source: Path,
+    recipe: Recipe,
+    *,
+    title: str,
+    subtitle: str,
+    before: list[dict[str, Any]],
+    panels: list[dict[str, Any]],
+    after: list[dict[str, Any]],
+    charts: dict[str, Any],
+    data: str = "plan.json",
+) -> str:
+    """The self-contained page of placed sections, with the recipe's template and style and the script library."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(source.parent), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
@@ -94,29 +132,33 @@ def render(run: PlanRun, source: Path) -> str:
     except (OSError, jinja2.TemplateError) as error:
         raise SpecError(f"cannot read the template or the style: {error}", file=str(source)) from None
     return template.render(
-        title=recipe.title.format(model=run.spec.model), objective=run.spec.objective, version=__version__,
+        title=title, subtitle=subtitle, data=data, version=__version__,
         before=before, panels=panels, after=after, style=Markup(style), plotly=Markup(plotly.offline.get_plotlyjs()),
         charts=_json(charts), look=_json(TEMPLATE.to_plotly_json()),
     )  # fmt: skip
 
 
-def _check(recipe: Recipe, document: yaml.Document) -> None:
+def read_recipe(source: Path, sections: Mapping[str, Section]) -> Recipe:
+    """A recipe whose sections and options are all known. Raises SpecError with the line of the first that is not."""
+    document = yaml.read(source)
+    recipe = yaml.validate(document, Recipe)
     for i, entry in enumerate(recipe.sections):
-        if entry.section not in SECTIONS:
+        if entry.section not in sections:
             raise SpecError(
-                f"unknown section {entry.section!r}{did_you_mean(entry.section, SECTIONS)}; known: {', '.join(SECTIONS)}",
+                f"unknown section {entry.section!r}{did_you_mean(entry.section, sections)}; known: {', '.join(sections)}",
                 file=document.file, line=document.line(("sections", i, "section")),
             )  # fmt: skip
-        known = SECTIONS[entry.section].options
+        known = sections[entry.section].options
         for name in entry.options:
             if name not in known:
                 raise SpecError(
                     f"section {entry.section!r} has no option {name!r}{did_you_mean(name, known)}",
                     file=document.file, line=document.line(("sections", i, "options", name)),
                 )  # fmt: skip
+    return recipe
 
 
-def _place(place: list[dict[str, Any]], entry: Entry, blocks: list[Block], scope: str, charts: dict[str, Any]) -> None:
+def place(place: list[dict[str, Any]], entry: Entry, blocks: list[Block], scope: str, charts: dict[str, Any]) -> None:
     """Add a section that has something to show, and take its figures out."""
     if not blocks:
         return

@@ -58,12 +58,14 @@ def _parameters(name: str, m: Machine) -> Table:
 
 
 def _law(run: PlanRun) -> Table:
-    shared = calibration.law().parameters
+    shared = calibration.law().everything
     engine = calibration.engine(run.spec.choices.engine).parameters
     rows = [
         (key, number(p.value, 4), _spread(p.sigma), p.meaning, p.source) for key, p in (shared | engine).items()
     ]  # fmt: skip
-    return Table("Shared parameters", ("parameter", "value [SI]", "spread (one sigma)", "meaning", "source"), tuple(rows), (1, 2))
+    return Table(
+        "Shared parameters", ("parameter", "value [SI]", "spread (one sigma)", "meaning", "source"), tuple(rows), (1, 2)
+    )
 
 
 def _spread(sigma: float | None) -> str:

@@ -43,7 +43,9 @@ def headline(run: PlanRun, p: Plan, *, days: int = 30) -> list[Block]:
         ("Latency limits", f"{met} of {len(limited)} met", "in the replay of the requests"),
         ("Proof", d["status"], f"gap {percent(d['gap'], 2)} to the proven bound"),
     ]  # fmt: skip
-    prices = ["" if n["price_usd_per_hour"] is None else f" at {money(n['price_usd_per_hour'])} USD/h" for n in d["nodes"]]
+    prices = [
+        "" if n["price_usd_per_hour"] is None else f" at {money(n['price_usd_per_hour'])} USD/h" for n in d["nodes"]
+    ]
     buy = [f"{n['count']:,} × {n['node']}{price}" for n, price in zip(d["nodes"], prices, strict=True)]
     runs = [
         f"{letter(i)}: {x.replicas:,} × {layout(x)}, {number(x.rate, 4)} requests/s of {tokens(y['input_tokens'])} input tokens"
@@ -88,7 +90,11 @@ def roofline(run: PlanRun, p: Plan) -> list[Block]:
         top = [(s, max(s.rows, key=lambda r: r["share"])) for s in mine]
         told = "; ".join(
             f"pool {letter(s.pool)} {s.phase}: {r['name']} takes {percent(r['share'])}"
-            + (f" at {number(r['intensity'])} FLOP/byte and {number(r['achieved'] / 1e12)} TFLOP/s" if r["intensity"] else "")
+            + (
+                f" at {number(r['intensity'])} FLOP/byte and {number(r['achieved'] / 1e12)} TFLOP/s"
+                if r["intensity"]
+                else ""
+            )
             for s, r in top
         )
         found.append(Chart(
@@ -193,7 +199,8 @@ def replay(run: PlanRun, p: Plan) -> list[Block]:
         parts = [(places[id(x.pool)], series.cumulative([(v, 1.0)])) for x, v in values]
         checks = [c for c in p.data["percentiles"] if c["metric"] == metric]
         told = "; ".join(
-            f"{c['percentile']} replayed {seconds(c['replayed_s'])}, closed form {seconds(c['promised_s'])}" for c in checks
+            f"{c['percentile']} replayed {seconds(c['replayed_s'])}, closed form {seconds(c['promised_s'])}"
+            for c in checks
         )
         found.append(Chart(
             f"{METRICS[metric]}, replayed and in closed form",
@@ -251,7 +258,11 @@ def why(run: PlanRun, p: Plan) -> list[Block]:
               "difference at this load, because nodes are bought whole.", told),
         tables.alternatives(d), Items("Proof", (proof,)), tables.rounds(d),
     ]  # fmt: skip
-    return [*found, Fold(f"{len(refused.rows)} layouts refused for some or all lengths", (refused,))] if refused.rows else found
+    return (
+        [*found, Fold(f"{len(refused.rows)} layouts refused for some or all lengths", (refused,))]
+        if refused.rows
+        else found
+    )
 
 
 @section("uncertainty")

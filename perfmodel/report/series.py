@@ -75,11 +75,11 @@ def group(row: dict[str, Any]) -> str:
     kind, name = row["kind"], row["name"]
     if kind in ("collective", "p2p"):
         return "communication"
-    if kind in ("attention", "scan"):
+    if kind in ("attention", "latent_attention", "scan"):
         return "attention"
     if row["part"] in ("embedding", "head"):
         return "embedding and head"
-    if kind == "grouped_gemm" or "router" in name or "shared" in name:
+    if kind in ("grouped_gemm", "expert_passes") or "router" in name or "shared" in name:
         return "experts"
     if kind == "gemm":
         return "feed-forward" if "gate_up" in name or "up_proj" in name or "down_proj" in name else "projections"

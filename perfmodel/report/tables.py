@@ -106,7 +106,9 @@ def nodes(p: Plan, today: date) -> Table:
     for n in p.data["nodes"]:
         price, most, source = n["price_usd_per_hour"], n["max_nodes"], n["price_source"]
         day, days = age(source, today)
-        stale = Cell(f"{day}, {days} days old" if days is not None else "–", "warn" if stale_price(n["node"], source) else "")
+        stale = Cell(
+            f"{day}, {days} days old" if days is not None else "–", "warn" if stale_price(n["node"], source) else ""
+        )
         rows.append((
             n["node"], f"{n['count']:,}", f"{n['devices']:,}", "–" if most is None else f"{most:,}", money(price),
             money(price * n["count"]) if price is not None else "–", source, stale,
@@ -160,7 +162,9 @@ def binding(data: dict[str, Any]) -> Table:
         (b["constraint"], f"{b['shadow_price']:,.2f} {b['unit']}" if b["shadow_price"] is not None else "–", b["text"])
         for b in data["binding"]
     ]
-    return Table("What binds, and what one more would cost", ("constraint", "shadow price", "meaning"), tuple(rows), (1,))
+    return Table(
+        "What binds, and what one more would cost", ("constraint", "shadow price", "meaning"), tuple(rows), (1,)
+    )
 
 
 def alternatives(data: dict[str, Any]) -> Table:
@@ -174,9 +178,14 @@ def alternatives(data: dict[str, Any]) -> Table:
         for x in a["pools"]:
             count[x["layout"]] += x["replicas"]
         runs = ", ".join(f"{n} × {label}" for label, n in count.items()) or "–"
-        rows.append((a["name"], money(value) if value is not None else Cell("cannot", "warn"), extra, a["reason"], runs))
+        rows.append(
+            (a["name"], money(value) if value is not None else Cell("cannot", "warn"), extra, a["reason"], runs)
+        )
     return Table(
-        "Alternatives, each solved anew", ("alternative", unit, "against this plan", "why", "would run"), tuple(rows), (1, 2)
+        "Alternatives, each solved anew",
+        ("alternative", unit, "against this plan", "why", "would run"),
+        tuple(rows),
+        (1, 2),
     )
 
 
@@ -191,7 +200,9 @@ def rejected(p: Plan) -> Table:
         first.setdefault(label, r.reason)
         whole = not r.buckets
         low, high = (0, len(p.buckets) - 1) if whole else (min(r.buckets), max(r.buckets))
-        spans.setdefault(label, "any length" if whole else f"{tokens([p.buckets[low].low, p.buckets[high].high])} tokens")
+        spans.setdefault(
+            label, "any length" if whole else f"{tokens([p.buckets[low].low, p.buckets[high].high])} tokens"
+        )
     rows = [(label, spans[label], reason, f"{count[label]}") for label, reason in first.items()]
     columns = ("layout", "for", "first reason", "sets of lengths refused")
     return Table("Layouts refused before the integer program", columns, tuple(rows), (3,))
@@ -200,7 +211,8 @@ def rejected(p: Plan) -> Table:
 def rounds(data: dict[str, Any]) -> Table:
     """Plan, replay, tighten, plan again."""
     rows = [
-        (f"{r['round']}", money(r["objective"]), money(r["bound"]), ", ".join(r["missed"]) or "nothing") for r in data["rounds"]
+        (f"{r['round']}", money(r["objective"]), money(r["bound"]), ", ".join(r["missed"]) or "nothing")
+        for r in data["rounds"]
     ]
     unit = OBJECTIVE_UNITS[data["objective"]]
     columns = ("round", f"objective [{unit}]", f"proven bound [{unit}]", "missed in replay")

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from perfmodel import memory
+from perfmodel import calibration, memory
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.serving.clock import StepClock
@@ -77,6 +77,9 @@ def _loop_instance(
     model: str, hardware: str, isl: int, osl: int, options: tuple[tuple[str, Any], ...]
 ) -> tuple[Mix, Instance]:
     return _fixed_shape(Estimator(model, hardware, **dict(options)), isl, osl)
+
+
+calibration.on_change(_loop_instance.cache_clear)
 
 
 def closed_loop_step(model: str, hardware: str, isl: int, osl: int, concurrency: float, **instance: Any) -> float:

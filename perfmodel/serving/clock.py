@@ -23,7 +23,9 @@ class StepClock:
 
     def __init__(self, estimator: Estimator, context: float) -> None:
         self.estimator = estimator
-        engine, law = estimator.engine, estimator.machine.law
+        engine = estimator.engine
+        self._host_base = float(estimator.host_seconds(0))
+        self._host_each = float(estimator.host_seconds(1)) - self._host_base
         self.chunk = engine.chunk_tokens
         self.max_batch = engine.max_sequences
         b = np.arange(1, self.max_batch + 1, dtype=float)
@@ -40,7 +42,6 @@ class StepClock:
         q, c = np.meshgrid(self._grid_q, self._grid_c, indexing="ij")
         self._attention = self._evaluate(q.ravel(), c.ravel(), contextual=True).reshape(q.shape)
         self._floor = float(self._attention[0, 0])
-        self._host_base, self._host_each = float(law["host_base"]), float(law["host_per_sequence"])
         self._token_list = self._tokens.tolist()
         self._wise_list = self._tokenwise.tolist()
         self.decode_base = self._decode.tolist()
@@ -57,13 +58,11 @@ class StepClock:
         e = self.estimator
         whole = np.asarray(e.prefill(1, tokens))
         device = self._evaluate(tokens, 0.0, contextual=False) + self._evaluate(tokens, 0.0, contextual=True)
-        host = e.machine.law["host_base"] + e.machine.law["host_per_sequence"]
-        return np.maximum(whole - device - e.machine.law["host_serial"] * host, 0.0)
+        return np.maximum(whole - device - self.host(1), 0.0)
 
     def host(self, sequences: float) -> float:
         """Host seconds of a step that the device waits for."""
-        serial = self.estimator.machine.law["host_serial"]
-        return float(serial) * (self._host_base + self._host_each * sequences)
+        return self._host_base + self._host_each * sequences
 
     def decode(self, batch: float, total_context: float) -> float:
         """Step of `batch` sequences that attend `total_context` tokens together; batch may be fractional."""

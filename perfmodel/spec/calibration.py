@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import Field
 
-from perfmodel.spec.base import Natural, Spec
+from perfmodel.errors import SpecError
+from perfmodel.spec.base import Natural, Size, Spec
 
 
 class Parameter(Spec):
@@ -23,8 +25,15 @@ class Law(Spec):
 
     kind: Literal["law"]
     parameters: dict[str, Parameter]
-    residual: dict[Literal["prefill", "decode"], float]
-    """Spread of what the law itself cannot explain, as a standard deviation of the logarithm."""
+    facts: dict[str, Parameter] = {}
+    """What kernels and libraries are known to do: not fitted (sigma 0), and not counted with the parameters."""
+    residual: dict[str, float]
+    """Spread of what the law itself cannot explain, by kind of time, as a standard deviation of the logarithm."""
+
+    @property
+    def everything(self) -> dict[str, Parameter]:
+        """Parameters and facts."""
+        return self.parameters | self.facts
 
 
 class Classes(Spec):
@@ -34,6 +43,60 @@ class Classes(Spec):
     architecture: dict[str, dict[str, Parameter]]
     memory: dict[str, dict[str, Parameter]]
     link: dict[str, dict[str, Parameter]]
+    power: dict[str, dict[str, Parameter]]
+
+
+class LargeDevice(Spec):
+    """Defaults of an engine on devices of at least `capacity` bytes, except of some architectures."""
+
+    capacity: Size
+    except_architectures: tuple[str, ...] = ()
+    tokens: Natural
+    sequences: Natural
+
+
+class MemoryAccount(Spec):
+    """How an engine counts device memory from one version on. At most eight numbers, the rest are named behaviours.
+
+    Numbers [byte]: `memory_driver` (what a device reports and no program can allocate), `memory_context` (held outside
+    tensors: context, libraries), `memory_parallel` (communication buffers, times log2 tp), `memory_graphs` (captured
+    graphs, per layer), `memory_sampler` (per vocabulary entry and sequence), `memory_window_share` (1).
+    """
+
+    since: str
+    """First version, such as `0.6.5` or `b5434`."""
+    line: str = ""
+    """Development line where two ran under one version number (`V0`, `V1`)."""
+    title: str
+    source: str
+    budget: Literal["share", "reserve", "free", "context"]
+    """share: a fraction of the device holds everything. reserve: a fraction of what was free at start holds weights and
+    cache, the rest is a reserve for activations and graphs. free: a fraction of what is free after loading is cache.
+    context: the cache is as large as the context asked for."""
+    graphs_inside: bool = False
+    """Captured graphs are deducted from the budget of the cache."""
+    windows: Literal["whole", "groups", "pools", "bounded"] = "whole"
+    """Sliding layers in the capacity. whole: as long as any other. groups: whole, in groups of equally many layers that
+    pages are dealt to. pools: a pool of their own. bounded: window and one step."""
+    profile_tokens: Natural
+    """Tokens of the step whose activations are reserved; 0: the longest context."""
+    profile_most: Natural = 0
+    """Contexts beyond this are cut into steps of `profile_chunk` tokens; 0: never."""
+    profile_chunk: Natural = 0
+    sequences: Natural
+    """Sequences the sampler is reserved for."""
+    large: LargeDevice | None = None
+    expert_tiles: dict[str, tuple[Natural, Natural]] = {}
+    """MXFP4 experts are padded to multiples of (hidden, inter), by device architecture or `default`."""
+    latent_copies: bool = False
+    """Keeps 16-bit copies of the latent up-projections for absorbed decoding."""
+    rope_table: bool = False
+    """Keeps cosines and sines of every position."""
+    host_embedding: bool = False
+    """Token table stays in host memory; a tied head is a copy of its own on the device."""
+    request_table: tuple[Natural, Natural, Natural] | None = None
+    """Rows of the table of request slots by token: per full context, at least, at most (0: no limit)."""
+    parameters: dict[str, Parameter] = Field(max_length=8)
 
 
 class Engine(Spec):
@@ -41,6 +104,8 @@ class Engine(Spec):
 
     title: str
     documentation: str
+    aliases: tuple[str, ...] = ()
+    """Other spellings in measured rows and logs; a version or a note in brackets after a name is ignored."""
     parameters: dict[str, Parameter]
     chunk_tokens: Natural
     """Default limit of tokens in one step (vLLM: max_num_batched_tokens)."""
@@ -52,6 +117,55 @@ class Engine(Spec):
     """Tokens in one KV block."""
     graph_batch: Natural
     """Largest decode batch replayed from a captured graph; 0: no graphs."""
+    memory: tuple[MemoryAccount, ...] = ()
+    """Memory accounting by version, oldest first."""
+    version: str = ""
+    """Version asked for; empty: the newest."""
+
+    @property
+    def account(self) -> MemoryAccount:
+        """Memory accounting of this version. Raises SpecError for an engine that only names kernels."""
+        if not self.memory:
+            raise SpecError(f"{self.title} has no memory account: it runs kernels, and serves no model")
+        return account(self.memory, self.version)
+
+
+def account(accounts: tuple[MemoryAccount, ...], version: str) -> MemoryAccount:
+    """The newest account that began no later than a version; of the version's own line where it names one.
+
+    A version without a number means the newest; `0.2x` stands for 0.20 to 0.29. One older than all gets the oldest.
+    """
+    line = next((a for a in accounts if a.line and a.line.lower() in version.lower().split()), None)
+    mine = [a for a in accounts if line is None or a.line == line.line]
+    wanted = version_number(version)
+    begun = [a for a in mine if wanted is None or version_number(a.since) <= wanted]  # type: ignore[operator]
+    return begun[-1] if begun else mine[0]
+
+
+def version_number(text: str) -> tuple[int, ...] | None:
+    """The first number of a version as a tuple; None where there is none.
+
+    >>> version_number("0.6.4.post1 V0"), version_number("b5434"), version_number("0.2x V1"), version_number("V1")
+    ((0, 6, 4), (5434,), (0, 25), None)
+    >>> version_number("0.6.5.dev2") < version_number("0.6.5")
+    True
+    """
+    text = re.sub(r"\bV\d+\b", "", text)
+    found = re.search(r"(?<![A-Za-z\d.])[vb]?(\d+(?:\.\d+x?)*)", text)
+    if found is None:
+        return None
+    # The middle of a range such as 0.2x.
+    number = [int(part[:-1] + "5" if part.endswith("x") else part) for part in found.group(1).split(".")]
+    # A development build comes before the release it leads to.
+    before = number[-1] > 0 and re.match(r"\.?dev", text[found.end() :]) is not None
+    return (*number[:-1], number[-1] - 1, 999) if before else tuple(number)
+
+
+class MemoryAccounts(Spec):
+    """Memory accounting of all engines that serve models."""
+
+    kind: Literal["memory"]
+    engines: dict[str, tuple[MemoryAccount, ...]]
 
 
 class Engines(Spec):
@@ -69,4 +183,16 @@ class DeviceCalibration(Spec):
     stack: str
     date: str
     rows: Natural
+    scatter: float = 0.0
+    """Standard deviation of ln(predicted/measured) that the fit leaves."""
     parameters: dict[str, Parameter]
+
+
+class Without(Spec):
+    """Values of every fitted parameter when no row of one device takes part in the fit, by full name."""
+
+    kind: Literal["without"]
+    device: str
+    date: str
+    rows: Natural
+    parameters: dict[str, float]

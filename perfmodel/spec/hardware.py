@@ -55,8 +55,22 @@ class Memory(Spec):
 
     source: str
     technology: Literal[
-        "hbm2", "hbm2e", "hbm3", "hbm3e", "hbm4", "gddr5", "gddr6", "gddr6x", "gddr7",
-        "lpddr4x", "lpddr5", "lpddr5x", "ddr4", "ddr5", "sram", "nand",
+        "hbm2",
+        "hbm2e",
+        "hbm3",
+        "hbm3e",
+        "hbm4",
+        "gddr5",
+        "gddr6",
+        "gddr6x",
+        "gddr7",
+        "lpddr4x",
+        "lpddr5",
+        "lpddr5x",
+        "ddr4",
+        "ddr5",
+        "sram",
+        "nand",
     ]
     capacity: Size
     """Nominal capacity as sold."""
@@ -298,5 +312,7 @@ class PriceList(Spec):
     def _sources_exist(self) -> PriceList:
         for item in self.items:
             if item.source != UNVERIFIED and item.source not in self.sources:
-                raise ValueError(f"{item.instance} cites {item.source!r}, which is not under sources (nor 'unverified')")
+                raise ValueError(
+                    f"{item.instance} cites {item.source!r}, which is not under sources (nor 'unverified')"
+                )
         return self

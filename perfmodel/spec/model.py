@@ -244,7 +244,9 @@ class Model(Spec):
     """Format of routed experts where it differs (gpt-oss: mxfp4)."""
     kv_dtype: str | None = None
     unquantized: tuple[Literal["embedding", "head", "router", "attention", "shared", "dense_ffn"], ...] = (
-        "embedding", "head", "router",
+        "embedding",
+        "head",
+        "router",
     )
     """Parts kept at 16 bits when `dtype` is a quantised format."""
     vision: Vision | None = None

@@ -117,8 +117,8 @@ def test_batch_is_prefilled_together(estimate: Callable[..., dict[str, Any]]) ->
 
 def test_bytes_and_decode_floor_by_hand(estimate: Callable[..., dict[str, Any]]) -> None:
     r = estimate(*BATCH)
-    # 8,030,261,248 published parameters of two bytes.
-    assert r["memory"]["weights"] == 2 * 8_030_261_248
+    # 8,030,261,248 published parameters of two bytes, and the cosines and sines of 131,072 positions (128 elements each).
+    assert r["memory"]["weights"] == 2 * (8_030_261_248 + 131_072 * 128)
     # 32 layers x (K and V) x 8 heads x 128 x 2 B = 131,072 B a token; 1,280 is a whole number of 16-token blocks.
     assert r["memory"]["kv"] == 16 * 1280 * 131_072
     # A step reads all weights but the embedding table (128,256 x 4,096 x 2 B), and the keys and values of 1,152
@@ -205,7 +205,7 @@ def test_fp32_is_fp32(estimate: Callable[..., dict[str, Any]]) -> None:
     """Not quietly half precision or TF32: 66.9 TFLOP/s of the vector units, and four bytes a weight."""
     r = estimate("--dtype", "float32", "--batch", 8)
     assert r["configuration"]["compute_dtype"] == "fp32"
-    assert r["memory"]["weights"] == 4 * 8_030_261_248
+    assert r["memory"]["weights"] == 4 * (8_030_261_248 + 131_072 * 128)
     layers = 8_030_261_248 - 2 * 128_256 * 4096
     assert r["bounds"]["ttft_s"][0] >= 2 * 8 * 1024 * layers / 66.9e12
 

@@ -116,11 +116,11 @@ def test_hostile_names_stay_text(run: PlanRun, tmp_path: Path, read: Any) -> Non
 
 
 def test_a_recipe_chooses_sections_and_options(run: PlanRun, tmp_path: Path, read: Any, root: Path) -> None:
-    for name in ("plan.html.j2", "plan.css"):
+    for name in ("page.html.j2", "page.css"):
         (tmp_path / name).write_text((root / "reports" / name).read_text())
     recipe = tmp_path / "short.yaml"
     recipe.write_text(
-        'title: "Short: {model}"\ntemplate: plan.html.j2\nstyle: plan.css\nsections:\n'
+        'title: "Short: {model}"\ntemplate: page.html.j2\nstyle: page.css\nsections:\n'
         "  - {section: workload, title: Arrivals first, options: {bins: 7}}\n  - {section: headline, title: Then what}\n"
     )
     shown = read(page.write(run, tmp_path / "out", recipe))
@@ -139,7 +139,7 @@ def test_a_recipe_chooses_sections_and_options(run: PlanRun, tmp_path: Path, rea
 )
 def test_a_wrong_recipe_names_its_line(run: PlanRun, tmp_path: Path, change: str, message: str) -> None:
     recipe = tmp_path / "plan.yaml"
-    recipe.write_text(f"title: x\ntemplate: plan.html.j2\nstyle: plan.css\nsections:\n  - {{{change}}}\n")
+    recipe.write_text(f"title: x\ntemplate: page.html.j2\nstyle: page.css\nsections:\n  - {{{change}}}\n")
     with pytest.raises(SpecError, match=message):
         page.write(run, tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
@@ -147,7 +147,7 @@ def test_a_wrong_recipe_names_its_line(run: PlanRun, tmp_path: Path, change: str
 
 def test_a_missing_template_is_one_clear_error(run: PlanRun, tmp_path: Path) -> None:
     recipe = tmp_path / "plan.yaml"
-    recipe.write_text("title: x\ntemplate: gone.j2\nstyle: plan.css\nsections: []\n")
+    recipe.write_text("title: x\ntemplate: gone.j2\nstyle: page.css\nsections: []\n")
     with pytest.raises(SpecError, match=r"cannot read the template or the style: .*gone\.j2"):
         page.write(run, tmp_path / "out", recipe)
 
