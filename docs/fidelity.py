@@ -136,7 +136,10 @@ def by_device(rows: Sequence[Scored]) -> str:
 
 def memory(rows: Sequence[Scored]) -> str:
     """Engine and quantity of the start-up logs."""
-    lines = ["| engine | quantity | rows | predicted | median | p90 | bias |", "| --- | --- | ---: | ---: | ---: | ---: | ---: |"]
+    lines = [
+        "| engine | quantity | rows | predicted | median | p90 | bias |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
     groups: dict[tuple[str, str], list[Scored]] = defaultdict(list)
     for s in rows:
         groups[(s.row.text("engine"), s.row.text("metric"))].append(s)
@@ -160,11 +163,16 @@ def refused(rows: Sequence[Scored]) -> str:
 def parameters() -> str:
     """Every constant of the law, by home, with its value and meaning."""
     law, classes = calibration.law(), calibration.classes()
-    lines = ["| home | parameter | value | unit | sigma | meaning or source |", "| --- | --- | ---: | --- | ---: | --- |"]
+    lines = [
+        "| home | parameter | value | unit | sigma | meaning or source |",
+        "| --- | --- | ---: | --- | ---: | --- |",
+    ]
 
     def add(home: str, table: dict[str, Parameter]) -> None:
         for name, p in table.items():
-            lines.append(f"| {home} | `{name}` | {p.value:.4g} | {unit(name)} | {p.sigma:.2g} | {p.meaning or p.source} |")
+            lines.append(
+                f"| {home} | `{name}` | {p.value:.4g} | {unit(name)} | {p.sigma:.2g} | {p.meaning or p.source} |"
+            )
 
     add("law", law.parameters)
     for group in ("architecture", "memory", "link"):
@@ -173,7 +181,10 @@ def parameters() -> str:
     for name in calibration.engine_names():
         add(f"engine: {name}", calibration.engine(name).parameters)
     for name in calibration.calibrated_devices():
-        add(f"device: {name}", {k: v.parameter for k, v in calibration.own_parameters(catalog.load_device(name)).items()})
+        add(
+            f"device: {name}",
+            {k: v.parameter for k, v in calibration.own_parameters(catalog.load_device(name)).items()},
+        )
     return "\n".join(lines) + "\n"
 
 

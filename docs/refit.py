@@ -19,7 +19,7 @@ import yaml
 
 from perfmodel import calibration
 from perfmodel.validation.fit import fit
-from perfmodel.validation.folds import FOLDS, fold_of, training
+from perfmodel.validation.folds import FOLDS, training
 from perfmodel.validation.kinds import KINDS
 from perfmodel.validation.leave_out import inherited, thinned, usable
 from perfmodel.validation.run import load
@@ -34,13 +34,17 @@ def one(job: tuple[str, str]) -> tuple[tuple[str, str], dict[str, float], int]:
     kind_name, left_out = job
     warnings.simplefilter("ignore")
     kind = next(k for k in KINDS if k.name == kind_name)
-    rows = [r for r in usable(load(sorted(p for p in MEASURED.glob("*.csv.gz") if "memory" not in p.name))) if kind.claims(r)]
+    rows = [
+        r
+        for r in usable(load(sorted(p for p in MEASURED.glob("*.csv.gz") if "memory" not in p.name)))
+        if kind.claims(r)
+    ]
     rows = [r for r in rows if next(k for k in KINDS if k.claims(r)) is kind]
     if left_out.isdigit():
         rows = training(rows, kind, int(left_out))
     else:
         rows = [r for r in rows if calibration.device_behind(r.hardware) != left_out]
-    return job, (fit(thinned(rows), kind.parameters) if rows else {}), len(rows)
+    return job, (fit(thinned(rows, kind.rows_to_fit), kind.parameters, evaluations=8) if rows else {}), len(rows)
 
 
 def main(names: list[str]) -> int:
@@ -85,8 +89,6 @@ def _write_without(device: str, others: set[str], found: dict[tuple[str, str], t
     path.parent.mkdir(exist_ok=True)
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
 
-
-__all__ = ["fold_of", "main", "one"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

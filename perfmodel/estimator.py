@@ -245,7 +245,7 @@ class Estimator:
         seconds = np.broadcast_to(self._finish(rows, batch, new, is_decode, shaken), (len(self.machine.sigma) + 1,))
         steps = np.log(seconds[1:] / seconds[0])
         residual = calibration.law().residual["decode" if is_decode else "prefill"]
-        sigma = float(np.sqrt(np.sum(steps**2) + residual**2))
+        sigma = max(float(np.sqrt(np.sum(steps**2) + residual**2)), self.machine.least_sigma)
         return Parts(
             expected,
             float(total.lower) * passes,

@@ -15,6 +15,8 @@ from perfmodel.spec.calibration import Engine
 from perfmodel.spec.hardware import Device, Fabric, Node
 from perfmodel.symbols import Num
 
+# Priors this wide come from no measured member of the class; predictions are then no surer than x0.62 to x1.6.
+_UNMEASURED = 0.37
 # Spread added where a datasheet section was not verified against an opened document.
 _UNVERIFIED_SIGMA = 0.03
 
@@ -63,6 +65,8 @@ class Machine:
     """Standard deviation of the logarithm of each uncertain parameter; law parameters by their own name."""
     evidence: dict[str, str] = field(default_factory=dict)
     provenance: str = "class prior"
+    least_sigma: float = 0.0
+    """Spread below which no prediction for this machine may fall: that of a class without a measured member."""
 
     def peak(self, dtype: str) -> float:
         """Dense matrix peak of a dtype, else of the nearest wider one, else the vector rate."""
@@ -193,6 +197,7 @@ def from_device(device: Device, node: Node | None) -> Machine:
         sigma={k: s for k, s in sigma.items() if s > 0 and not k.startswith("power_")},
         evidence={k: v.evidence for k, v in found.items()},
         provenance=_provenance(found),
+        least_sigma=_UNMEASURED if found["matrix_efficiency"].parameter.sigma >= _UNMEASURED else 0.0,
         **own,
     )
 
@@ -219,4 +224,4 @@ def _provenance(found: dict[str, Resolved]) -> str:
     if all(v.evidence.startswith("calibrated") for v in found.values()):
         return "calibrated"
     partly = any(v.evidence.startswith("calibrated") for v in found.values())
-    return "partly calibrated, class priors elsewhere" if partly else "datasheet with class priors"
+    return "partly calibrated" if partly else "datasheet with class priors"

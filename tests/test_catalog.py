@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from perfmodel import catalog
+from perfmodel import calibration, catalog
 from perfmodel.errors import SpecError, UnknownName
 from perfmodel.spec.hardware import Device, Network
 
@@ -82,7 +82,11 @@ def test_every_name_is_found_as_itself(kind: str) -> None:
 def test_prices_and_calibrations_are_not_devices() -> None:
     files = [p.stem for folder in ("prices", "calibrations") for p in (catalog.root("hardware") / folder).glob("*.yaml")]
     assert "law" in files
-    assert not set(files) & set(catalog.names("hardware"))
+    assert not set(files) - set(calibration.calibrated_devices()) & set(catalog.names("hardware"))
+    # A calibration is named after its device, and the device's name still finds the datasheet.
+    assert calibration.calibrated_devices()
+    for name in calibration.calibrated_devices():
+        assert "calibrations" not in catalog.find("hardware", name).parts
 
 
 def test_unknown_names_suggest_the_nearest() -> None:
@@ -253,7 +257,7 @@ def test_an_account_without_a_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
 
 
 def test_two_processes_may_build_the_index_at_once(tmp_path: Path) -> None:
-    program = "from perfmodel import catalog; print(catalog.find('hardware', 'h100-sxm').stem)"
+    program = "from perfmodel import calibration, catalog; print(catalog.find('hardware', 'h100-sxm').stem)"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     running = [
         subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE, text=True)

@@ -74,7 +74,8 @@ def test_more_rows_than_one_block_of_work() -> None:
     context = np.arange(1, 40_001)
     times = e.decode(4, context)
     assert times.shape == (40_000,)
-    assert np.all(np.diff(times) > -1e-9)
+    # One more split of the context may gain a fraction of a microsecond.
+    assert np.all(np.diff(times) > -1e-6)
     assert times[[0, 32_767, 32_768]] == pytest.approx(
         [e.decode(4, int(c)) for c in context[[0, 32_767, 32_768]]], rel=1e-12
     )
@@ -129,11 +130,15 @@ def test_a_longer_prefill_takes_no_less_time(
 
 @pytest.mark.parametrize("index", [0, 1, 3, 4, 6, 8, 9], ids=lambda i: INSTANCES[i][0])
 def test_a_short_suffix_of_a_long_prompt_has_no_cliff(index: int) -> None:
-    """1 to 400 new tokens on 100,000 cached: one more never gains 2 % nor costs 40 %, at edges of tiles and splits too."""
+    """1 to 400 new tokens on 100,000 cached: one more never gains 2 % nor costs 80 %.
+
+    The largest step is from 16 to 17 rows: kernels made for decode end there where query heads are not packed.
+    """
     times = instance(index).prefill(1, np.arange(1, 401), 100_000)
     steps = times[1:] / times[:-1]
     assert steps.min() > 0.98
-    assert steps.max() < 1.4
+    assert steps.max() < 1.8
+    assert np.sort(steps)[-4] < 1.25
 
 
 @settings(max_examples=40)

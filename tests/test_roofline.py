@@ -94,14 +94,16 @@ def test_long_prompt_attention_runs_at_the_peak() -> None:
     """32 heads of 128, 32,768 causal tokens: 4 * 32 * 128 FLOP for each of 32768 * 32769 / 2 pairs."""
     m = ideal()
     expected = 4 * 32 * 128 * (32768 * 32769 / 2) / m.peak("bf16")
-    assert op_cost(core(1, 32768, 0), m).busy["compute"] == pytest.approx(expected, rel=0.02)
+    # The diagonal's tiles are computed whole and the last wave is not full: 2.6 % more.
+    assert op_cost(core(1, 32768, 0), m).busy["compute"] == pytest.approx(expected, rel=0.03)
 
 
 def test_decode_attention_reads_the_cache_at_the_memory_rate() -> None:
     """64 sequences of 8000 tokens, 8 KV heads of 128 in bf16: 4096 bytes a token."""
     m = ideal()
     found = op_cost(core(64, 1, 7999), m)
-    assert found.busy["hbm"] == pytest.approx(64 * 8000 * 4096 / m.bandwidth)
+    # Queries and outputs of 64 x 32 heads of 128 add 1 MiB to 2.1 GB.
+    assert found.busy["hbm"] == pytest.approx((64 * 8000 * 4096 + 2**20) / m.bandwidth, rel=1e-4)
     assert found.seconds == pytest.approx(found.busy["hbm"], rel=0.05)
 
 

@@ -52,13 +52,18 @@ def describe(spec: Device | Node | Network, engine: str) -> dict[str, Any]:
         found = achieved(spec, catalog.load_node(node) if node else None)
     else:
         raise SpecError(f"{spec.name!r} is a {spec.kind}: no achieved rates are kept for it")
-    rows = [_row(_home(r), k, r.parameter, r.evidence) for k, r in found.items()]
+    # What was calibrated on the device stays whatever the engine.
+    own = {k for k, r in found.items() if r.evidence.startswith("calibrated")}
+    replaced = set() if isinstance(spec, Network) else set(calibration.engine(engine).parameters) - own
+    rows = [_row(_home(r), k, r.parameter, r.evidence) for k, r in found.items() if k not in replaced]
     if not isinstance(spec, Network):
-        rows += [_row("law", k, p, "shared by all devices") for k, p in calibration.law().parameters.items()]
-        named = {r["name"] for r in rows}
-        rows += [_row("fact", k, p, "kernels and libraries") for k, p in calibration.law().facts.items() if k not in named]
-        driven = calibration.engine(engine)
-        rows += [_row("engine" if p.sigma > 0 else "fact", k, p, engine) for k, p in driven.parameters.items()]
+        driven, law = calibration.engine(engine), calibration.law()
+        rows += [_row("engine" if p.sigma > 0 else "fact", k, p, engine) for k, p in driven.parameters.items()
+                 if k not in own]  # fmt: skip
+        # What the class, the device or the engine say replaces what is shared by all.
+        said = {r["name"] for r in rows}
+        rows += [_row("law", k, p, "shared by all devices") for k, p in law.parameters.items() if k not in said]
+        rows += [_row("fact", k, p, "kernels and libraries") for k, p in law.facts.items() if k not in said]
         counted = driven.account
         rows += [_row("memory", k, p, f"{engine}, {counted.title}") for k, p in counted.parameters.items()]
     groups = ("device", "class", "law", "engine", "memory", "fact")

@@ -52,7 +52,8 @@ def _sources(found: list[tuple[str, Source]]) -> Table:
 
 
 def _parameters(name: str, m: Machine) -> Table:
-    rows = [(key, number(float(getattr(m, key)), 4), _spread(m.sigma.get(key)), x) for key, x in m.evidence.items()]
+    values = {key: float(getattr(m, key, m.law.get(key, 0.0))) for key in m.evidence}
+    rows = [(key, number(values[key], 4), _spread(m.sigma.get(key)), x) for key, x in m.evidence.items()]
     columns = ("parameter", "value [SI]", "spread (one sigma)", "evidence")
     return Table(f"{m.device.title} in {name}", columns, tuple(rows), (1, 2))
 

@@ -39,7 +39,7 @@ class Shapes:
     prompt: np.ndarray
     output: np.ndarray
     clients: np.ndarray
-    rounds: float
+    rounds: np.ndarray
 
     @property
     def context(self) -> np.ndarray:

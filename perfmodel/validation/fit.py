@@ -55,7 +55,7 @@ def current(name: str) -> float:
             # What only engines have (a host's time for a call) may become a device's own.
             engines = [calibration.engine(name).parameters for name in calibration.engine_names()]
             table = {k: p for e in engines for k, p in e.items()} | law | {k: v.parameter for k, v in found.items()}
-        case "architecture" | "memory" | "link":
+        case "architecture" | "memory" | "link" | "power":
             table = {**law, **getattr(calibration.classes(), group).get(rest[0], {})}
         case _:
             table = {}

@@ -141,7 +141,8 @@ def _sglang_serving(r: Record) -> list[Record]:
         "engine": "sglang" if str(r.get("backend", "sglang")).startswith("sglang") else r["backend"], "batch": concurrency,
         "model": server.get("model_path"), "engine_version": server.get("version"), "tp": server.get("tp_size"),
         "dp": server.get("dp_size"), "ep": server.get("ep_size"), "pp": server.get("pp_size"),
-        "input_len": _whole(r.get("total_input_tokens"), completed), "output_len": _whole(r.get("total_output_tokens"), completed),
+        "input_len": _whole(r.get("total_input_tokens"), completed),
+        "output_len": _whole(r.get("total_output_tokens"), completed),
         "requests_per_client": _whole(completed, float(concurrency)) if concurrency else None,
     }  # fmt: skip
     return _closed_loop(shared, r)

@@ -16,8 +16,6 @@ from perfmodel.validation.rows import Refused, Row
 from perfmodel.validation.run import load, predict_rows
 from perfmodel.validation.score import Scored
 
-_MOST_ROWS = 1500  # of one kind that take part in a fit: evenly spread over the file, it is as good as all
-
 
 def fit_all(rows: Sequence[Row]) -> dict[str, float]:
     """Every parameter that the kinds of these rows move, one kind after the other, in the order of KINDS."""
@@ -31,13 +29,13 @@ def fit_all(rows: Sequence[Row]) -> dict[str, float]:
         mine = by_kind.get(kind.name, [])
         if mine:
             with calibration.replaced(values):
-                values |= fit(thinned(mine), kind.parameters)
+                values |= fit(thinned(mine, kind.rows_to_fit), kind.parameters)
     return values
 
 
-def thinned(rows: Sequence[Row]) -> list[Row]:
-    """At most so many rows, evenly spread, as a fit needs."""
-    step = max(1, -(-len(rows) // _MOST_ROWS))
+def thinned(rows: Sequence[Row], most: int) -> list[Row]:
+    """At most so many rows, evenly spread."""
+    step = max(1, -(-len(rows) // most))
     return list(rows[::step])
 
 

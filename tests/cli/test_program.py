@@ -16,7 +16,7 @@ import pytest
 import perfmodel
 from perfmodel.cli import main
 
-VERBS = ("estimate", "explain", "plan", "models", "hardware")
+VERBS = ("estimate", "explain", "plan", "validate", "calibrate", "ingest", "measure-next", "models", "hardware")
 HEAVY = ("numpy", "sympy", "pulp", "highspy", "plotly", "jinja2", "pydantic", "yaml", "rich", "torch")
 PROGRAM = "from perfmodel.cli import main; main()"
 

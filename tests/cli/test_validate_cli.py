@@ -119,7 +119,7 @@ def test_calibrate_writes_a_file_that_estimate_takes(cli: Callable[..., Any], tm
     request = ("estimate", "--model", "llama-3.1-8b", "--hw", "h100-sxm", "--isl", 4096, "--json")
     before = cli(*request).json
     after = cli(*request, "--calibration-file", tmp_path / "h100.yaml").json
-    assert after["ttft_s"]["expected"] > 1.3 * before["ttft_s"]["expected"]
+    assert after["ttft_s"] > 1.3 * before["ttft_s"]
 
 
 def test_calibrate_without_rows_says_what_to_give(cli: Callable[..., Any], file: Path) -> None:

@@ -23,7 +23,7 @@ def h100() -> Machine:
     """132 units at 1 TFLOP/s each, 1 TB/s, and round parameters."""
     m = machine("h100-sxm")
     law = m.law | {
-        "tile_overhead": 1e-6, "expert_efficiency": 1.0, "portable_efficiency": 0.5, "expanding_efficiency": 0.5,
+        "tile_overhead": 1e-6, "expert_efficiency": 1.0, "portable_efficiency": 0.5,
         "expert_feed": 1e9, "expert_latency": 10e-6, "portable_expert_latency": 30e-6, "expert_call": 2e-6,
         "expert_token_bytes": 10.0, "portable_pass_bytes": 1.0,
     }  # fmt: skip
@@ -85,7 +85,7 @@ def test_tiles_of_random_routing_by_simulation(tile: int, tokens: int) -> None:
 def test_warp_level_rate_against_datasheets(device: str, share: float) -> None:
     """The warp-level instruction is all of an A100's 312 TFLOP/s, and half of an H100's 989."""
     m = machine(device)
-    law = m.law | {"expanding_efficiency": 1.0, "tile_overhead": 0.0}
+    law = m.law | {"portable_efficiency": 1.0, "tile_overhead": 0.0}
     op = layer(Routed(2**22, 128, 2**20), weight="int4", portable=True)["gate_up_proj"]
     rate = op.flops["bf16"] / grouped_gemm(op, replace(m, law=law)).compute
     assert rate == pytest.approx(share * m.peak("bf16"), rel=0.05)

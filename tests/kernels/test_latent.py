@@ -23,16 +23,16 @@ _BF16, _FP8 = get_format("bf16"), get_format("fp8")
 _DEEPSEEK = LatentAttention(heads=128, q_rank=1536, kv_rank=512, nope_dim=128, rope_dim=64, v_dim=128)
 # 100 units of 10 TFLOP/s each; 1 us to start a block of 64 rows of 576 + 512 elements.
 _ROUND = {
-    "latent_start": 1e-6, "latent_latency": 3e-6, "latent_efficiency": 1.0, "latent_narrow_efficiency": 0.5,
+    "attention_item_start": 0.5e-6, "attention_latency": 3e-6, "latent_efficiency": 1.0, "latent_narrow_efficiency": 0.5,
     "latent_small_rows": 64.0, "latent_portable": 0.0, "latent_portable_rows": 16.0, "latent_portable_splits": 4.0,
-    "latent_portable_efficiency": 0.5, "attention_tile": 128.0, "cache_ratio": 2.0, "cache_share": 1.0,
+    "portable_efficiency": 0.5, "attention_tile": 128.0, "cache_ratio": 2.0, "cache_share": 1.0,
 }  # fmt: skip
 
 
 def device(**law_values: float) -> Machine:
     m = machine("h100-sxm")
     return replace(
-        m, units=100.0, matrix={"bf16": 1e15, "fp8": 2e15}, attention_efficiency=1.0, bandwidth=1e12, cache=1e9,
+        m, units=100.0, matrix={"bf16": 1e15, "fp8": 2e15}, attention_efficiency=1.0, matrix_efficiency=1.0, bandwidth=1e12, cache=1e9,
         bandwidth_efficiency=1.0, memory_latency=0.0, law=m.law | _ROUND | law_values,
     )  # fmt: skip
 

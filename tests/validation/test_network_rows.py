@@ -181,6 +181,8 @@ def test_rows_that_cannot_be_predicted_say_why(reason: str, cells: dict[str, str
     assert reason in refusal(row(**cells))
 
 
-def test_an_exchange_without_its_routing_is_refused() -> None:
-    assert "n_experts not stated" in refusal(exchange(n_experts=""))
+def test_an_exchange_without_its_routing_is_that_of_the_published_tables() -> None:
+    """DeepEP's README measures DeepSeek-V3: 8 of 256 experts, hidden 7168, 4,096 tokens a rank."""
+    assert value(exchange(n_experts="", hidden="", topk="", num_tokens="")) == value(exchange())
+    assert value(exchange(n_experts="", num_tokens=512)) < value(exchange())
     assert "no law for ttft" in refusal(exchange(metric="ttft"))

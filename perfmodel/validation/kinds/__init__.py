@@ -10,8 +10,8 @@ from perfmodel.validation.rows import Refused, Row
 
 # The first kind that claims a row predicts it.
 KINDS: tuple[Kind, ...] = (
-    network.DISPATCH, moe.MOE, mla.MLA, matrix.GEMM, attention.DECODE, attention.PREFILL, elementwise.ELEMENTWISE, elementwise.LAYER,
-    network.COLLECTIVE, network.P2P, copies.COPY, copies.STORAGE, power.POWER,
+    network.DISPATCH, moe.MOE, mla.MLA, matrix.GEMM, attention.DECODE, attention.PREFILL,
+    elementwise.ELEMENTWISE, elementwise.LAYER, network.COLLECTIVE, network.P2P, copies.COPY, copies.STORAGE, power.POWER,
     serving.CLOSED_LOOP, serving.OFFLINE, serving.STATIC,
 )  # fmt: skip
 

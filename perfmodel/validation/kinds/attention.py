@@ -21,7 +21,6 @@ from perfmodel.validation.kinds.base import (
     Kind,
     Outcome,
     batched,
-    column,
     engine_machine,
     rates,
     seconds_with_spread,
@@ -33,7 +32,9 @@ from perfmodel.validation.rows import Refused, Row
 # Engines whose timed call also writes the new keys and values into the paged cache.
 _PAGED = ("vllm", "sglang", "trtllm")
 _SHORTER = 4  # tiles of portable kernels, compiled without knowledge of a device's registers, by this factor
-_MODEL_WIDTH = 2048  # heads x head_dim of the FlashAttention benchmark script, where a row states neither
+# The FlashAttention benchmark where a row does not say (arXiv:2307.08691, section 4.1): heads x head_dim, tokens of all
+# sequences, and for tables of the best rate alone the length.
+_MODEL_WIDTH, _TOKENS, _LONG, _HEAD_DIM = 2048, 16384.0, 8192.0, 128.0
 
 
 class _Case(NamedTuple):
@@ -76,7 +77,7 @@ def _key(row: Row) -> Hashable:
         row.hardware, row.text("engine"), dtype, kv, row.number("window", 0),
         decode="generation" in row.text("op") or "decode" in row.text("op"),
         causal=in_engine or bool(_MASKED.search(stated)),
-        rate=row.unit >= 1e9,
+        rate=_is_rate(row),
         steps="decode" in kernel,
         portable="triton" in named,
         casts="sglang" in named and narrow and (get_format(dtype).width >= 2 or "trtllm" in kernel),
@@ -85,9 +86,13 @@ def _key(row: Row) -> Hashable:
     )  # fmt: skip
 
 
+def _is_rate(row: Row) -> bool:
+    return row.unit >= 1e9
+
+
 def _heads(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(query heads, KV heads, head dimension) of each row."""
-    dim = column(rows, "head_dim")
+    dim = np.array([r.number("head_dim", _HEAD_DIM if _is_rate(r) else None) for r in rows])
     heads = np.array([
         r.number("n_heads", max(1.0, r.number("hidden", _MODEL_WIDTH) / d)) for r, d in zip(rows, dim, strict=True)
     ])  # fmt: skip
@@ -97,10 +102,12 @@ def _heads(rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 def _price(key: Hashable, rows: list[Row]) -> list[Outcome]:
     assert isinstance(key, _Case)
     m = engine_machine(key.hardware, key.engine)
-    batch = column(rows, "batch")
-    context = np.array([r.number("context_len", r.number("input_len", 0)) for r in rows])
+    context = np.array([r.number("context_len", r.number("input_len", _LONG if key.rate else 0)) for r in rows])
     if not np.all(context > 0):
         raise Refused("context_len not stated")
+    batch = np.array([
+        r.number("batch", max(1.0, _TOKENS / c) if key.rate else None) for r, c in zip(rows, context, strict=True)
+    ])  # fmt: skip
     # A decode kernel that is handed first tokens sees them as cached.
     group = Group(batch, 1, context - 1, decode=True) if key.decode else Group(batch, context, 1 if key.steps else 0)
     heads, kv_heads, dim = _heads(rows)
@@ -109,7 +116,9 @@ def _price(key: Hashable, rows: list[Row]) -> list[Outcome]:
         tile = m.law["attention_tile"] / _SHORTER
         m = with_law(replace(m, attention_efficiency=slower), attention_packing=0.0, attention_tile=tile)
     if key.synchronous and m.law["attention_blocks"] < 2:
-        slower = np.minimum(m.attention_efficiency, m.law.get("synchronous_attention_efficiency", m.attention_efficiency))
+        slower = np.minimum(
+            m.attention_efficiency, m.law.get("synchronous_attention_efficiency", m.attention_efficiency)
+        )
         m = replace(m, attention_efficiency=slower)
     ops = _attention(key, group, heads, kv_heads, dim) if key.fused else _unfused(key, group, heads, dim)
     ops += _around(key, m, group.tokens, heads, kv_heads, dim)
@@ -179,9 +188,11 @@ def _held_out(row: Row) -> Hashable:
 
 DECODE = Kind(
     "decode attention", lambda r: r.text("op") == "generation_attention", _predict, _held_out,
-    ("engine.*.attention_latency", "memory.hbm.bandwidth_efficiency"),
+    ("law.attention_latency", "law.attention_item_start", "law.attention_read_loss", "law.decode_chunk",
+     "architecture.*.attention_load_rate"),
 )  # fmt: skip
 PREFILL = Kind(
     "prefill attention", lambda r: r.text("phase") == "attention", _predict, _held_out,
-    ("architecture.*.attention_efficiency",),
+    ("architecture.*.attention_efficiency", "architecture.*.vector_efficiency", "law.attention_narrow_efficiency",
+     "law.portable_attention_rate", "law.scatter_rate", "engine.vllm.scatter_rate"),
 )  # fmt: skip

@@ -54,6 +54,8 @@ class Kind:
     predict: Callable[[Sequence[Row]], list[Outcome]]
     held_out: Callable[[Row], Hashable]
     parameters: tuple[str, ...] = ()
+    rows_to_fit: int = 1200
+    """Rows that take part in a fit at most, evenly spread: as good as all, and a fraction of the time."""
 
 
 def engine_machine(hardware: str, engine: str) -> Machine:
@@ -113,7 +115,7 @@ def seconds_with_spread(
     rows = np.broadcast_to(rows, (len(m.sigma) + 1, *expected.shape)) if expected.ndim else rows
     steps = np.log(rows[1:] / rows[0])
     left = calibration.law().residual[residual]
-    return expected, np.sqrt(np.sum(steps**2, axis=0) + left**2)
+    return expected, np.maximum(np.sqrt(np.sum(steps**2, axis=0) + left**2), m.least_sigma)
 
 
 def times(rows: Sequence[Row], seconds: np.ndarray, sigma: np.ndarray) -> list[Outcome]:

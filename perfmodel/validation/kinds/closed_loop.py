@@ -48,14 +48,25 @@ def outcomes(key: Instance, rows: list[Row], loop: Loop) -> list[Outcome]:
     return times(rows, np.where(first, loop.ttft, loop.tpot), sigma)
 
 
+def _claims(row: Row) -> bool:
+    """Whether a row was served at fixed concurrency: it says so, or its file has the columns of serving rows."""
+    served = row.text("phase") in ("prefill", "decode", "e2e") and bool(row.text("model"))
+    if row.text("protocol"):
+        return served and row.text("protocol") == "closed-loop"
+    return (
+        served and ("dp" in row.cells or "decode_cfg" in row.cells) and not row.text("batch").lower().startswith("max")
+    )
+
+
 def _predict(rows: Sequence[Row]) -> list[Outcome]:
     return batched(rows, _key, _price)
 
 
 CLOSED_LOOP = Kind(
     "closed-loop serving",
-    lambda r: "dp" in r.cells or "decode_cfg" in r.cells,
+    _claims,
     _predict,
     lambda r: r.text("model"),
-    ("engine.*.host_base",),
+    ("engine.*.host_per_sequence", "engine.*.request_latency", "engine.*.queue_steps", "law.queued_launch"),
+    rows_to_fit=250,
 )

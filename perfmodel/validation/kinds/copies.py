@@ -156,5 +156,5 @@ def _held_out(row: Row) -> Hashable:
     return row.text("op")
 
 
-COPY = Kind("copy", lambda r: r.text("phase") == "memcpy", _copy, _held_out, ("memory.*.bandwidth_efficiency",))
+COPY = Kind("copy", lambda r: r.text("phase") == "memcpy", _copy, _held_out)
 STORAGE = Kind("storage", lambda r: r.text("phase") == "storage", _storage, _held_out, ("memory.nand.storage_operation",))

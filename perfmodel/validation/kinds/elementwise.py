@@ -279,6 +279,6 @@ ELEMENTWISE = Kind(
     lambda r: r.text("phase") == "elementwise",
     _predict,
     _held_out,
-    ("law.cache_share", "engine.*.row_bytes_per_clock", "engine.sarathi.profiled_launch"),
+    ("memory.*.cache_share", "engine.sarathi.row_bytes_per_clock", "engine.sarathi.profiled_launch"),
 )
 LAYER = Kind("layer", lambda r: r.text("metric") in ("layer_op_time", "layer_time"), _predict, _held_out)

@@ -26,7 +26,7 @@ _FORMATS = {"sq": "int8", "int8_wo": "q8_0", "int4_wo": "int4_g64"}
 def _key(row: Row) -> Hashable:
     """The operator names the launch regime where the engine has several."""
     op, engine = row.text("op"), row.text("engine")
-    alone = any(word in f"{op} {engine}".lower() for word in _ALONE)
+    alone = any(word in f"{op} {engine}".lower() for word in _ALONE) or engine.lower().startswith("deepgemm")
     regime = op if calibration.known_engine(op) else engine
     return row.hardware, regime, row.text("dtype"), alone, op.endswith(_BY_PYTHON)
 
@@ -42,6 +42,9 @@ def _price(key: Any, rows: list[Row]) -> list[Outcome]:
     if weight.width < act.width:
         added, residual = added + _module(m, weight, narrow=runs != act.matrix), "gemm_narrow"
     seconds, sigma = seconds_with_spread(ops[-1:] if alone else ops, m, residual, added)
+    # Products of one shape in one kernel (m rows each) share its launch.
+    groups = np.array([r.number("groups", 1) for r in rows])
+    seconds = seconds + (groups - 1) * np.maximum(seconds - m.kernel_latency, 0.0)
     return times(rows, np.maximum(seconds, m.law["module_issue"] if by_python else 0.0), sigma)
 
 

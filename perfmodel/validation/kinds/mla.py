@@ -79,7 +79,23 @@ def claims(row: Row) -> bool:
     return row.text("phase") == "attention" and re.search(r"mla(?![a-z])", named) is not None
 
 
+def _best(row: Row) -> Row:
+    """A row of a table of best rates, which states a shape in its note (`b=128,h=128`) or none: large ones then."""
+    if row.unit < 1e9 or row.text("batch"):
+        return row
+    noted = dict(re.findall(r"\b(b|h|s_q)=(\d+)", row.text("note")))
+    prefill = not _is_decode(row, row.text("op").lower())
+    cells = {
+        "batch": noted.get("b", "4" if prefill else "128"), "context_len": "8192",
+        "n_heads": noted.get("h", "16" if "memory" in row.text("op") else "128"),
+    }  # fmt: skip
+    if "s_q" in noted:
+        cells["input_len"] = noted["s_q"]
+    return Row(row.file, row.line, {**row.cells, **cells})
+
+
 def _key(row: Row) -> Hashable:
+    row = _best(row)
     op, kernel = row.text("op").lower(), row.text("kernel").lower()
     for name in ("batch", "context_len", "n_heads"):
         if row.number(name, 1 if name == "n_heads" else None) <= 0:
@@ -93,7 +109,7 @@ def _key(row: Row) -> Hashable:
     engine = calibration.known_engine(row.text("engine")) or row.text("engine")
     return _Run(
         row.hardware, engine, row.text("model", "deepseek-v3"), kernel, kv.name, decode, sparse,
-        decode or sparse or _new(row, decode) <= limit, row.text("metric"),
+        decode or sparse or _new(row, decode) <= limit, f"{row.text('metric')} {row.text('unit')}",
     )  # fmt: skip
 
 
@@ -122,6 +138,7 @@ def _price(key: Hashable, rows: list[Row]) -> list[Outcome]:
     assert isinstance(key, _Run)
     m = key.machine()
     a = _mixer(key)
+    rows = [_best(r) for r in rows]
     heads = np.array([r.number("n_heads", a.heads) for r in rows])
     batch, context = column(rows, "batch"), column(rows, "context_len")
     new = np.array([_new(r, key.decode) for r in rows])
@@ -138,7 +155,7 @@ def _price(key: Hashable, rows: list[Row]) -> list[Outcome]:
         return times(rows, seconds, sigma)
     work = (
         core.bytes()
-        if "bandwidth" in key.metric
+        if rows[0].text("unit").endswith("B/s")
         else sum(f for u, f in core.flops.items() if u not in ("vector", "exp"))
     )
     return rates(rows, np.broadcast_to(work, len(rows)).tolist(), seconds, sigma)

@@ -160,5 +160,8 @@ def _held_out(row: Row) -> Hashable:
 
 MOE = Kind(
     "mixture of experts", lambda r: r.text("op") == "fused_moe" or bool(r.text("topk")), _predict, _held_out,
-    ("architecture.*.expert_latency", "architecture.*.expert_efficiency", "engine.*.expert_call"),
+    (
+        "law.expert_latency", "law.portable_expert_latency", "law.portable_efficiency", "law.expert_feed",
+        "law.expert_token_bytes", "architecture.*.expert_efficiency",
+    ),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -36,6 +37,10 @@ _TOPOLOGIES = {"pair": "pairs", "nvswitch": "switch", "pcie": "pcie"}
 _FP8 = 1 + 4 / 128  # a token of FP8 numbers with one scale of four bytes per 128
 _BF16 = 2.0
 _UNITS = 20  # SMs of normal kernels in DeepSeek-V3 (arXiv:2412.19437, 3.2.2)
+# What DeepEP's published tables are measured with where a row does not say: DeepSeek-V3, 4,096 tokens a rank in training and
+# prefill, 128 in decode (repository deepseek-ai/DeepEP, README).
+_PUBLISHED = {"hidden": 7168.0, "topk": 8.0, "n_experts": 256.0}
+_TOKENS, _TOKENS_LOW = 4096.0, 128.0
 _UNSTATED = "ethernet-100g"  # between nodes whose network neither the row nor the catalogue states
 
 
@@ -122,7 +127,9 @@ calibration.on_change(_machine.cache_clear)
 def _place(row: Row) -> tuple[float, float]:
     """Devices of the group in each node, and nodes; one node where the row does not say."""
     ranks = row.number("n_devices")
-    nodes = row.number("n_nodes", 1)
+    # A group larger than the device's usual node spans several, as few as hold it.
+    held = engine_machine(row.hardware, "").devices_per_node
+    nodes = row.number("n_nodes", np.ceil(ranks / held) if held > 1 else 1)
     return row.number("devices_per_node", ranks / nodes), nodes
 
 
@@ -173,7 +180,7 @@ def _residual(key: _Call) -> str:
 
 def _exchange_key(row: Row) -> _Exchange:
     op, metric = row.text("op").lower(), row.text("metric")
-    if metric not in ("collective_time", "bandwidth", "bottleneck_bandwidth"):
+    if metric not in ("collective_time", "latency", "bandwidth", "bottleneck_bandwidth"):
         raise Refused(f"no law for {metric} of an expert exchange")
     low = next((flag for word, flag in (("low", True), ("normal", False)) if word in op), None)
     return _Exchange(_box_of(row), "combine" in op, low, metric)
@@ -182,22 +189,33 @@ def _exchange_key(row: Row) -> _Exchange:
 def _exchange_price(key: Hashable, rows: list[Row]) -> list[Outcome]:
     assert isinstance(key, _Exchange)
     m = _machine(key.box)
-    ranks, tokens, hidden = column(rows, "n_devices"), column(rows, "num_tokens"), column(rows, "hidden")
-    top_k, experts = column(rows, "topk"), column(rows, "n_experts")
+    ranks = column(rows, "n_devices")
+    tokens = _stated(rows, "num_tokens", _TOKENS_LOW if key.low_latency else _TOKENS)
+    hidden, top_k, experts = (_stated(rows, name, value) for name, value in _PUBLISHED.items())
     nodes = np.array([_place(r)[1] for r in rows])
     visited, reached = (_distinct(experts, top_k, n) for n in (ranks, nodes))
     width = np.array([_width(r, key.combine) for r in rows])
     op = exchange(
         "exchange", tokens, hidden, width, top_k=top_k, experts=experts, ranks=ranks, visited=visited,
         nodes_visited=reached, combine=key.combine, stride=_stride(rows, m),
-        units=np.array([r.number("sms", _UNITS) for r in rows]), low_latency=key.low_latency,
+        units=np.array([_units(r) for r in rows]), low_latency=key.low_latency,
     )  # fmt: skip
     seconds, sigma = seconds_with_spread([op], m, "exchange")
-    if key.metric == "collective_time":
+    if key.metric in ("collective_time", "latency"):
         return times(rows, seconds, sigma)
     # DeepEP's tests count a copy per expert (low latency), per node (across nodes) or per rank, the own one included.
     copies = top_k if key.low_latency else np.where(nodes > 1, reached, visited)
     return rates(rows, (tokens * hidden * width * copies).tolist(), seconds, sigma)
+
+
+def _stated(rows: Sequence[Row], name: str, otherwise: float) -> np.ndarray:
+    return np.array([r.number(name, otherwise) for r in rows])
+
+
+def _units(row: Row) -> float:
+    """Units the exchange kernel takes: stated in a column, or in the note (`12 SMs`)."""
+    noted = re.search(r"(\d+) SMs", row.text("note"))
+    return row.number("sms", float(noted.group(1)) if noted else _UNITS)
 
 
 def _width(row: Row, combine: bool) -> float:
@@ -229,7 +247,10 @@ def _held_out(row: Row) -> Hashable:
 
 DISPATCH = Kind(
     "expert exchange",
-    lambda r: any(word in r.text("op").lower() for word in ("deepep", "dispatch", "combine")) and bool(r.text("topk")),
+    lambda r: (
+        any(word in r.text("op").lower() for word in ("deepep", "dispatch", "combine"))
+        and (bool(r.text("topk")) or "deepep" in r.text("op").lower())
+    ),
     _exchanges,
     lambda r: (r.text("hidden"), r.text("topk"), r.text("n_experts")),
     ("law.exchange_token", "law.exchange_unit_rate"),

@@ -29,7 +29,7 @@ def _price(key: Hashable, rows: list[Row]) -> list[Outcome]:
     e = instance.estimator(key)
     e.require_fit()
     output = column(rows, "output_len")
-    shapes = Shapes(column(rows, "input_len"), output, np.ones(len(rows)), 1.0)
+    shapes = Shapes(column(rows, "input_len"), output, np.ones(len(rows)), np.ones(len(rows)))
     fits = np.array([e.max_batch(float(t)) for t in shapes.prompt + output])
     batch = np.clip(fits, 1, _MOST_SEQUENCES * key.dp)
     per_request = output * np.asarray(e.decode(batch, shapes.context)) / batch + prompt_work(e, shapes, batch)
@@ -45,5 +45,5 @@ OFFLINE = Kind(
     lambda r: r.text("batch").lower().startswith("max"),
     _predict,
     lambda r: r.text("model"),
-    ("engine.*.host_base",),
+    ("engine.*.host_base", "engine.*.host_per_sequence"),
 )

@@ -82,5 +82,5 @@ POWER = Kind(
     lambda r: "power" in r.text("metric"),
     _predict,
     lambda r: (r.text("model"), r.text("tp")),
-    ("law.power_active", "law.power_compute", "law.power_memory"),
+    ("power.default.power_active", "power.default.power_compute", "power.default.power_memory"),
 )

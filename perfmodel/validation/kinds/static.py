@@ -80,5 +80,6 @@ STATIC = Kind(
     lambda r: r.text("phase") in ("prefill", "decode", "e2e") and bool(r.text("model")),
     _predict,
     lambda r: r.text("model"),
-    ("engine.*.host_base",),
+    ("engine.*.host_base", "engine.*.host_per_sequence", "engine.*.eager_issue"),
+    rows_to_fit=150,
 )

@@ -27,8 +27,8 @@ def describe(today: str, bandwidth: float, cores: int) -> dict[str, Any]:
         "name": NAME, "title": _field(text, "model name") or "This machine", "vendor": "this machine", "kind": "cpu",
         "architecture": "cpu", "form_factor": "socket",
         "compute": {
-            "source": "machine", "matrix": matrix, "vector": {"fp32": f"{cores * clock * per_clock / 1e9:g} GFLOP/s"}, "units": cores,
-            "unit_name": "core", "clock": f"{clock / 1e9:g} GHz",
+            "source": "machine", "matrix": matrix, "vector": {"fp32": f"{cores * clock * per_clock / 1e9:g} GFLOP/s"},
+            "units": cores, "unit_name": "core", "clock": f"{clock / 1e9:g} GHz",
         },
         "memory": {
             "source": "machine", "technology": "ddr4", "capacity": f"{installed / 1e9:.3f} GB", "ecc": False,
