@@ -56,7 +56,7 @@ def replaced(values: Mapping[str, float]) -> Iterator[None]:
 
 
 def use_file(path: str | Path) -> str:
-    """Let a calibration file speak for its device instead of the catalogue's; the device's name."""
+    """Let a calibration file speak for its device: its parameters replace the catalogue's. Returns the device's name."""
     spec = yaml.validate(yaml.read(path), DeviceCalibration)
     name = catalog.load_device(spec.device).name
     _own_files[name] = spec
@@ -71,7 +71,7 @@ def forget_files() -> None:
 
 
 def _clear() -> None:
-    for cached in (_load, engine, _device_file):
+    for cached in (_load, engine, _device_files):
         cached.cache_clear()
     for clear in _forget:
         clear()
@@ -106,11 +106,13 @@ def _load(name: str) -> Any:
             )
         case Engines():
             accounts = _load("memory").engines
-            edited = {
-                n: e.model_copy(update={"parameters": _edited(e.parameters, f"engine.{n}."), "memory": accounts.get(n, ())})
+            engines = {
+                n: e.model_copy(
+                    update={"parameters": _edited(e.parameters, f"engine.{n}."), "memory": accounts.get(n, ())}
+                )
                 for n, e in spec.engines.items()
             }
-            return spec.model_copy(update={"engines": edited})
+            return spec.model_copy(update={"engines": engines})
     return spec
 
 
@@ -150,18 +152,22 @@ def known_engine(text: str) -> str | None:
 
 
 @lru_cache(maxsize=256)
-def _device_file(name: str) -> DeviceCalibration | None:
-    found: DeviceCalibration | None
+def _device_files(name: str) -> tuple[DeviceCalibration, ...]:
+    """Calibrations of a device, the last word last: the catalogue's, the user's, values replaced for a while."""
+    found = []
+    path = catalog.root("hardware") / "calibrations" / f"{name}.yaml"
+    if path.is_file():
+        found.append(yaml.validate(yaml.read(path), DeviceCalibration))
     if name in _own_files:
-        found = _own_files[name]
-    else:
-        path = catalog.root("hardware") / "calibrations" / f"{name}.yaml"
-        found = yaml.validate(yaml.read(path), DeviceCalibration) if path.is_file() else None
+        found.append(_own_files[name])
     prefix = f"device.{name}."
-    if not any(k.startswith(prefix) for k in _replaced):
-        return found
-    found = found or DeviceCalibration(kind="device", device=name, stack="replaced", date="", rows=0, parameters={})
-    return found.model_copy(update={"parameters": _edited(found.parameters, prefix)})
+    if any(k.startswith(prefix) for k in _replaced):
+        known = {k: p for file in found for k, p in file.parameters.items()}
+        edited = {k: p for k, p in _edited(known, prefix).items() if prefix + k in _replaced}
+        found.append(
+            DeviceCalibration(kind="device", device=name, stack="replaced", date="", rows=0, parameters=edited)
+        )
+    return tuple(found)
 
 
 @dataclass(frozen=True)
@@ -217,11 +223,11 @@ def device_parameters(device: Device) -> dict[str, Resolved]:
 
 def own_parameters(device: Device) -> dict[str, Resolved]:
     """What was fitted to this device; nothing for one that nobody calibrated."""
-    own = _device_file(device.name)
-    if own is None:
-        return {}
-    stamp = f"calibrated: {own.stack}, {own.date}, {own.rows} rows"
-    return {k: Resolved(v, stamp) for k, v in own.parameters.items()}
+    return {
+        k: Resolved(p, f"calibrated: {file.stack}, {file.date}, {file.rows} rows")
+        for file in _device_files(device.name)
+        for k, p in file.parameters.items()
+    }
 
 
 def calibrated_devices() -> list[str]:

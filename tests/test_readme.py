@@ -26,7 +26,7 @@ COMMANDS = [
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c[0] == "perfmodel"], ids=lambda c: " ".join(c[1:4]))
 def test_command_runs(command: list[str], tmp_path: Path) -> None:
-    arguments = [str(tmp_path) if a.startswith("out/") else a for a in command[1:]]
+    arguments = [str(tmp_path / Path(a).name) if a.startswith("out/") else a for a in command[1:]]
     run = subprocess.run(
         [sys.executable, "-m", "perfmodel", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=300,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -60,7 +60,8 @@ def validate(
     if leave_out:
         rows = leave_one_out(files, flagged=flagged, requests_per_client=requests_per_client)
     else:
-        rows = validate(files, flagged=flagged, zero_shot=zero_shot, requests_per_client=requests_per_client)
+        # Flags tell which serving rows were measured while requests queued: decisions heed them.
+        rows = validate(files, flagged=flagged or decisions, zero_shot=zero_shot, requests_per_client=requests_per_client)
     if out:
         write_predictions(Path(out), rows)
     if report:

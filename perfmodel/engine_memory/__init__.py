@@ -1,7 +1,7 @@
 """What a serving engine loads, reserves and calls cache: its own accounting, version by version.
 
 The bytes of a model are physics (`graph`); which of them an engine keeps twice, pads, leaves on the host or deducts
-before it sizes the cache is its own doing, named in `engines.yaml` (`MemoryAccount`). All bytes are per device.
+before it sizes the cache is its own doing, named in `memory.yaml` (`MemoryAccount`). All bytes are per device.
 """
 
 from perfmodel.engine_memory.cache import cache_pool, cache_tokens

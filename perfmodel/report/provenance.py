@@ -52,7 +52,7 @@ def _sources(found: list[tuple[str, Source]]) -> Table:
 
 
 def _parameters(name: str, m: Machine) -> Table:
-    values = {key: float(getattr(m, key, m.law.get(key, 0.0))) for key in m.evidence}
+    values = {key: float(m.law[key] if key in m.law else getattr(m, key)) for key in m.evidence}
     rows = [(key, number(values[key], 4), _spread(m.sigma.get(key)), x) for key, x in m.evidence.items()]
     columns = ("parameter", "value [SI]", "spread (one sigma)", "evidence")
     return Table(f"{m.device.title} in {name}", columns, tuple(rows), (1, 2))

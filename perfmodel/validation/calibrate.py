@@ -16,7 +16,7 @@ from perfmodel import calibration, catalog
 from perfmodel.errors import SpecError
 from perfmodel.machine import achieved
 from perfmodel.spec.calibration import Parameter
-from perfmodel.validation.fit import Fitted, current, log_errors, solve
+from perfmodel.validation.fit import Fitted, log_errors, solve
 from perfmodel.validation.kinds import kind_of
 from perfmodel.validation.rows import Refused, Row
 
@@ -24,9 +24,13 @@ _FEWEST = 3
 _FEWEST_TO_HOLD_BACK = 10
 _NOISIEST = 0.25  # standard deviation of the logarithm between repeats of one configuration
 _WIDEST_SCATTER = 0.6  # of the rows around the fitted law
+_MOVED = 0.25  # or when they move it by this share of its prior's sigma
 _INFORMED = 0.8  # a parameter is kept when the rows narrow its prior at least to this share
 _NOT_A_CONFIGURATION = ("value", "unit", "flag", "note", "source_repo", "source_path", "source_commit", "std", "id")
 _MOST_PARAMETERS = 12
+_SERVING = ("closed-loop serving", "static batch", "offline throughput")
+# How far one stack (release, settings, host) lies from its engine's typical numbers: sigma of the logarithm.
+_STACKS_DIFFER = {"queued_launch": 0.5, "host_base": 1.0, "host_per_sequence": 0.7, "bandwidth_efficiency": 0.15}
 _SUREST = 0.05  # narrower priors are widened to this: a device may differ from its class by as much
 _EVERY_DEVICE = (
     "matrix_efficiency", "attention_efficiency", "vector_efficiency", "kernel_latency", "bandwidth_efficiency",
@@ -74,16 +78,18 @@ def calibrate(rows: Sequence[Row], hardware: str, *, seed: int = 0) -> Report:
     )
     training = [r for i, r in enumerate(usable) if i not in held]
     before = np.abs(np.expm1(log_errors(usable)))
-    start = {n: current(n) for n in names}
-    found = solve(training, names, prior=prior)
+    values = _prior_values(usable, device)
+    start = {n: values[n.split(".")[-1]] for n in names}
+    with calibration.replaced(start):
+        found = solve(training, names, prior=prior)
     if found.scatter > _WIDEST_SCATTER:
         raise SpecError(
             f"the rows of {device} scatter by x{np.exp(found.scatter):.1f} around any setting of the law: check that their "
             "units, shapes and degrees are right, and that the clock was locked or warm"
         )
-    informed = [n for n in names if found.sigma[n] < _INFORMED * prior[n]]
-    values = {n: found.values[n] for n in informed}
-    with calibration.replaced(values):
+    moved = {n: abs(np.log(found.values[n] / start[n])) for n in names}
+    informed = [n for n in names if found.sigma[n] < _INFORMED * prior[n] or moved[n] > _MOVED * prior[n]]
+    with calibration.replaced({n: found.values[n] for n in informed}):
         after = np.abs(np.expm1(log_errors(usable)))
     kinds: dict[str, list[int]] = defaultdict(list)
     for i, row in enumerate(usable):
@@ -145,7 +151,9 @@ def _parameters(rows: Sequence[Row], device: str) -> tuple[list[str], dict[str, 
     """Full names of this device's parameters that rows of these kinds may inform, and their priors' sigma."""
     engines = {calibration.known_engine(r.text("engine")) for r in rows}
     engine = next(iter(engines)) if len(engines) == 1 else None
-    keys = dict.fromkeys(_EVERY_DEVICE)
+    served = all((k := kind_of(r)) is not None and k.name in _SERVING for r in rows)
+    # Whole steps cannot tell one kernel's rate from another's.
+    keys = dict.fromkeys(("matrix_efficiency",) if served else _EVERY_DEVICE)
     for kind in {id(k): k for r in rows if (k := kind_of(r))}.values():
         for group, *rest in (name.split(".") for name in kind.parameters):
             # What an engine does is the stack's: it is fitted only where all rows are of one engine.
@@ -153,17 +161,25 @@ def _parameters(rows: Sequence[Row], device: str) -> tuple[list[str], dict[str, 
                 continue
             if group != "law" and (group != "engine" or engine):
                 keys[rest[-1]] = None
-    found = {key: _prior(key, device, engine) for key in keys}
-    return (
-        [f"device.{device}.{key}" for key, p in found.items() if p],
-        {f"device.{device}.{key}": max(p.sigma, _SUREST) for key, p in found.items() if p},
-    )
+    wider = _STACKS_DIFFER if served and engine else {}
+    found = {key: _prior(key, device, engine) for key in (*keys, *wider)}
+    sigma = {key: max(p.sigma, wider.get(key, _SUREST)) for key, p in found.items() if p}
+    return [f"device.{device}.{key}" for key in sigma], {f"device.{device}.{key}": s for key, s in sigma.items()}
 
 
 def _resolved(device: str) -> dict[str, calibration.Resolved]:
     spec = catalog.load_device(device)
     node = catalog.node_of(device)
     return achieved(spec, catalog.load_node(node) if node else None)
+
+
+def _prior_values(rows: Sequence[Row], device: str) -> dict[str, float]:
+    """Present value of every parameter the fit may move: an engine's own where all rows are of one."""
+    engines = {calibration.known_engine(r.text("engine")) for r in rows}
+    engine = next(iter(engines)) if len(engines) == 1 else None
+    names, _ = _parameters(rows, device)
+    keys = [n.split(".")[-1] for n in names]
+    return {key: p.value for key in keys if (p := _prior(key, device, engine))}
 
 
 def _prior(key: str, device: str, engine: str | None) -> Parameter | None:

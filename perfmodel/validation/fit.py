@@ -15,6 +15,7 @@ from perfmodel.validation.kinds.base import without_bands
 from perfmodel.validation.rows import Predicted, Row
 
 _LOSS_SCALE = 0.1  # errors of the logarithm beyond which a row counts less than its square
+_ENOUGH, _FEW_ROWS_NOISE = 10, 0.05
 _WIDEST = 8.0  # a fit may move a parameter by this factor at most
 
 
@@ -124,7 +125,8 @@ def solve(
     left = residuals(found.x)[: len(chosen)]
     scatter = float(1.4826 * np.median(np.abs(left - np.median(left))))
     # Gauss-Newton covariance of the weighted problem; parameters no row feels keep their prior or stay unknown.
-    noise = max(scatter, 0.01)
+    # So few rows say little of their own scatter.
+    noise = max(scatter, 0.01) if len(chosen) >= _ENOUGH else max(scatter, _FEW_ROWS_NOISE)
     information = found.jac.T @ found.jac / noise**2
     if prior:
         information[np.diag_indices_from(information)] += 1 / known**2 - (_LOSS_SCALE / known / noise) ** 2

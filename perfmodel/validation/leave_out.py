@@ -80,16 +80,17 @@ def inherited(values: Mapping[str, float], device: str, fitted: set[str]) -> dic
         name = f"device.{device}.{key}"
         if found.parameter.sigma == 0:
             continue  # a fact about the generation's kernels, not a fit
-        others = [_now(d, key) for d in sorted(fitted)]
-        if name not in own and found.evidence.startswith(("calibrated", f"class prior: {spec.architecture}")):
+        others = [x for d in sorted(fitted) if (x := _now(d, key)) is not None]
+        if others and name not in own and found.evidence.startswith(("calibrated", f"class prior: {spec.architecture}")):
             own[name] = float(np.exp(np.mean(np.log(others)))) if min(others) > 0 else others[0]
     return own
 
 
-def _now(device: str, key: str) -> float:
-    """What a device has at present for a parameter it may not override."""
+def _now(device: str, key: str) -> float | None:
+    """What a device has at present for a parameter, its own or the law's; None for one that only other classes have."""
     found = calibration.device_parameters(catalog.load_device(device))
-    return float(found[key].parameter.value if key in found else calibration.law().everything[key].value)
+    p = found[key].parameter if key in found else calibration.law().everything.get(key)
+    return p.value if p else None
 
 
 def leave_one_out(

@@ -115,10 +115,8 @@ def _price(key: Hashable, rows: list[Row]) -> list[Outcome]:
         slower = m.attention_efficiency * m.law["portable_attention_rate"]
         tile = m.law["attention_tile"] / _SHORTER
         m = with_law(replace(m, attention_efficiency=slower), attention_packing=0.0, attention_tile=tile)
-    if key.synchronous and m.law["attention_blocks"] < 2:
-        slower = np.minimum(
-            m.attention_efficiency, m.law.get("synchronous_attention_efficiency", m.attention_efficiency)
-        )
+    if key.synchronous and "synchronous_attention_efficiency" in m.law:
+        slower = np.minimum(m.attention_efficiency, m.law["synchronous_attention_efficiency"])
         m = replace(m, attention_efficiency=slower)
     ops = _attention(key, group, heads, kv_heads, dim) if key.fused else _unfused(key, group, heads, dim)
     ops += _around(key, m, group.tokens, heads, kv_heads, dim)

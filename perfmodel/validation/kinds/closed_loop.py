@@ -38,7 +38,11 @@ def _price(key: Hashable, rows: list[Row]) -> list[Outcome]:
 def shapes(rows: Sequence[Row]) -> Shapes:
     """Lengths and clients of some rows. Raises Refused where one is missing."""
     clients = np.array([r.number("batch", 0.0 if r.text("decode_cfg") else None) for r in rows])
-    return Shapes(column(rows, "input_len"), column(rows, "output_len"), clients, client.assumed().requests_per_client)
+    assumed = client.assumed().requests_per_client
+    rounds = np.array([r.number("requests_per_client", assumed) for r in rows])
+    if np.any(rounds < 1):
+        raise Refused("fewer than one request per client")
+    return Shapes(column(rows, "input_len"), column(rows, "output_len"), clients, rounds)
 
 
 def outcomes(key: Instance, rows: list[Row], loop: Loop) -> list[Outcome]:

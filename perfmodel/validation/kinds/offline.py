@@ -45,5 +45,5 @@ OFFLINE = Kind(
     lambda r: r.text("batch").lower().startswith("max"),
     _predict,
     lambda r: r.text("model"),
-    ("engine.*.host_base", "engine.*.host_per_sequence"),
+    ("engine.trtllm-cpp.host_base", "engine.trtllm-cpp.host_per_sequence"),
 )
