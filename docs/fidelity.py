@@ -104,7 +104,8 @@ def _cells(s: Score, aim: tuple[float, float] | None = None) -> str:
 def headline(r: Results) -> str:
     """One line a kind: cross-validated, device left out, unseen files."""
     lines = [
-        "| predicted | rows | cross-validated: median, mean | device left out: median, mean | rows | files never fitted: median, mean |",
+        "| predicted | rows | cross-validated: median, mean | device left out: median, mean | rows "
+        "| files never fitted: median, mean |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, rule, _, _ in LINES:
