@@ -187,10 +187,13 @@ def test_larger_products_take_no_less_time(device: str, shape: tuple[int, int, i
 @settings(max_examples=100)
 @given(device=st.sampled_from(DEVICES), context=CONTEXTS, axis=st.integers(0, 2), more=st.integers(1, 300))
 def test_more_attention_takes_no_less_time(device: str, context: tuple[int, int, int], axis: int, more: int) -> None:
-    """Tiles of query rows are padded and contexts split, so a further row or token never makes the whole faster."""
+    """Tiles of query rows are padded and contexts split, so a further row or token hardly ever makes the whole faster.
+
+    Kernels made for decode and for prefill meet at a few rows, where one may win up to 5 % over the other.
+    """
     larger = [n + more * (i == axis) for i, n in enumerate(context)]
     m = machine(device)
-    assert op_cost(core(*larger), m).seconds >= 0.97 * op_cost(core(*context), m).seconds
+    assert op_cost(core(*larger), m).seconds >= 0.95 * op_cost(core(*context), m).seconds
 
 
 @settings(max_examples=40)
