@@ -52,7 +52,7 @@ def validate(
     A row that cannot be predicted is counted with its reason and as an error of 100 %.
     """
     from perfmodel.validation.leave_out import leave_one_out
-    from perfmodel.validation.run import check_columns, validate
+    from perfmodel.validation.run import check_columns, client_sensitivity, validate
     from perfmodel.validation.score import by as grouped
     from perfmodel.validation.score import score
 
@@ -75,6 +75,10 @@ def validate(
         echo_json({"groups": [{**k, **s.as_dict()} for k, s in groups], "overall": overall.as_dict()})
     else:
         click.echo(page(groups, overall))
+        changes = client_sensitivity(rows)
+        if changes:
+            said = ", ".join(f"{metric} {change:+.1%}" for metric, change in changes.items())
+            click.echo(f"\nClosed loops: twice the requests per client would change predictions by (median) {said}.")
 
 
 def _report(rows: list[Scored], folder: str, files: tuple[str, ...], *, zero_shot: bool, leave_out: str | None) -> None:

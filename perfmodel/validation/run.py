@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from perfmodel import calibration
 from perfmodel.errors import SpecError, did_you_mean
-from perfmodel.validation import memory_rows
+from perfmodel.validation import client, memory_rows
 from perfmodel.validation.kinds import kind_of, predict
-from perfmodel.validation.rows import Refused, Row, header, read, scored
+from perfmodel.validation.kinds.base import without_bands
+from perfmodel.validation.rows import Predicted, Refused, Row, header, read, scored
 from perfmodel.validation.score import Scored
 
 _ALWAYS = ("file", "kind", "hardware", "phase", "metric", "engine")
@@ -72,6 +75,24 @@ def validate(
     logs = [p for p in paths if memory_rows.is_memory_file(p)]
     tidy = load([p for p in paths if p not in logs], flagged=flagged, requests_per_client=requests_per_client)
     return [*predict_rows(tidy, zero_shot=zero_shot), *(s for p in logs for s in memory_rows.score_memory(p))]
+
+
+def client_sensitivity(rows: Sequence[Scored]) -> dict[str, float]:
+    """Median relative change of closed-loop predictions, by metric, if clients sent twice as many requests each.
+
+    What a benchmark's clients do is rarely stated; the start, when all prompts come at once, weighs less in longer runs.
+    """
+    mine = [s for s in rows if s.kind == "closed-loop serving" and isinstance(s.outcome, Predicted)]
+    longer = []
+    for s in mine:
+        sent = s.row.number("requests_per_client", client.assumed().requests_per_client)
+        longer.append(replace(s.row, cells={**s.row.cells, "requests_per_client": str(2 * sent)}))
+    changes: dict[str, list[float]] = {}
+    with without_bands():
+        for s, outcome in zip(mine, predict(longer), strict=True):
+            if isinstance(s.outcome, Predicted) and isinstance(outcome, Predicted):
+                changes.setdefault(s.row.text("metric"), []).append(outcome.value / s.outcome.value - 1)
+    return {metric: float(np.median(found)) for metric, found in sorted(changes.items())}
 
 
 def check_columns(by: str, paths: Sequence[str | Path]) -> list[str]:

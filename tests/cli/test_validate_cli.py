@@ -138,3 +138,18 @@ def test_ingest_prints_rows_or_writes_them(cli: Callable[..., Any], tmp_path: Pa
     cli("ingest", path, *given, "--out", tmp_path / "rows.csv")
     assert cli("validate", tmp_path / "rows.csv", "--json").json["overall"]["predicted"] == 1
     assert "does not say the hardware; give --hw" in cli("ingest", path).err
+
+
+def test_closed_loops_tell_what_the_clients_matter(cli: Callable[..., Any], tmp_path: Path) -> None:
+    """The prompts of the start wait for each other: longer runs dilute them, so the mean TTFT falls and TPOT hardly moves."""
+    path = tmp_path / "rows.csv"
+    head = "hardware,phase,metric,value,unit,model,engine,batch,input_len,output_len,tp,dp\n"
+    row = "H100-SXM-80GB,{},{},{},ms,meta-llama/Llama-3.1-8B,vllm,32,1024,128,1,1\n"
+    path.write_text(head + row.format("prefill", "ttft", 400) + row.format("decode", "tpot", 12), encoding="utf-8")
+    out = cli("validate", path).out
+    change = float(out.split("ttft ")[-1].split("%")[0])
+    assert -40 < change < -2
+    short = cli("validate", path, "--json", "--requests-per-client", 1).json["groups"]
+    long = cli("validate", path, "--json", "--requests-per-client", 100).json["groups"]
+    first = {g["metric"]: g["bias"] for g in short}, {g["metric"]: g["bias"] for g in long}
+    assert first[0]["ttft"] > first[1]["ttft"]
