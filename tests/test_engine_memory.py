@@ -48,7 +48,7 @@ def gguf(model: str, name: str, pp: int = 1) -> Instance:
         ("qwen2.5-vl-32b", "vllm==0.7.3", 2, "hopper", 31.28),
         ("qwen2-vl-7b-awq", "vllm==0.6.5", 1, "ada", 6.47),
         ("qwen3.5-27b", "vllm==0.25", 1, "default", 51.1),
-        # SGLang issue 6753, TensorRT-LLM issue 6294
+        # SGLang #6753, TensorRT-LLM #6294
         ("llama-3-8b", "sglang==0.4.6", 1, "hopper", 14.98),
         ("llama-3.1-8b-fp8", "trtllm==0.20.0", 1, "hopper", 8.46),
     ],
@@ -135,10 +135,10 @@ def test_the_sampler_is_the_peak(model: str, engine: str, total: float, logged: 
 
 
 def test_scores_of_a_context_without_flash_attention() -> None:
-    """llama.cpp issue 7450: 2.045 GiB for Mistral-7B and 32,000 tokens, of which 512 x 32,000 x 32 x 4 B are scores."""
+    """llama.cpp #7450: 2.045 GiB for Mistral-7B and 32,000 tokens, of which 512 x 32,000 x 32 x 4 B are scores."""
     i = replace(gguf("mistral-7b-v0.2", "q8_0"), context=32_000, flash=False)
     assert activations(i) / GIB == pytest.approx(2.045, rel=0.01)
-    # With flash attention the logits of the micro-batch are the most: 512 x 152,064 x 4 B (issue 10152: 307 MiB).
+    # With flash attention the logits of the micro-batch are the most: 512 x 152,064 x 4 B (#10152: 307 MiB).
     flash = replace(gguf("qwen2.5-32b", "q8_0"), context=4096)
     assert activations(flash) / MIB == pytest.approx(307, rel=0.05)
 
@@ -152,7 +152,7 @@ def test_vllm_budget_as_logged() -> None:
 
 
 def test_sglang_keeps_a_reserve_beside_weights_and_cache() -> None:
-    """SGLang issue 565: 0.75 of 21.52 GiB free at the start, 3.76 of weights per rank, 405,784 tokens of 32 KiB."""
+    """SGLang #565: 0.75 of 21.52 GiB free at the start, 3.76 of weights per rank, 405,784 tokens of 32 KiB."""
     i = instance("llama-3-8b", "sglang==0.1.17", tp=4, context=8192)
     i = replace(i, total=21.52 * GIB + overhead(i))
     pool = cache_pool(i, 0.75)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -133,30 +133,3 @@ def solve(
     spread = np.sqrt(np.clip(np.diag(np.linalg.pinv(information)), 0.0, 4.0))
     names_and = dict(zip(full, (start * np.exp(found.x)).tolist(), strict=True))
     return Fitted(names_and, dict(zip(full, spread.tolist(), strict=True)), scatter, len(chosen))
-
-
-def cross_validated(
-    rows: Sequence[Row], names: Sequence[str], held_out: Callable[[Row], Hashable], folds: int = 5
-) -> np.ndarray:
-    """ln(predicted/measured) of every row, each predicted by a fit to the other folds.
-
-    Rows of equal `held_out` share a fold; groups go to folds in turn, largest first, so that folds are of like size.
-    """
-    groups: dict[Hashable, list[int]] = {}
-    for i, row in enumerate(rows):
-        groups.setdefault(held_out(row), []).append(i)
-    fold = np.zeros(len(rows), int)
-    filled = np.zeros(folds)
-    for members in sorted(groups.values(), key=len, reverse=True):
-        emptiest = int(np.argmin(filled))
-        fold[members] = emptiest
-        filled[emptiest] += len(members)
-    errors = np.full(len(rows), np.nan)
-    for f in range(folds):
-        test = [i for i in range(len(rows)) if fold[i] == f]
-        if not test:
-            continue
-        values = fit([r for i, r in enumerate(rows) if fold[i] != f], names)
-        with calibration.replaced(values):
-            errors[test] = log_errors([rows[i] for i in test])
-    return errors

@@ -19,16 +19,16 @@ HEADER = (
 )
 # Logged facts from the threads named in the first cell.
 LINES = (
-    "vllm issue 15360,vLLM,0.8.1 V0,Qwen/Qwen2.5-7B-Instruct,bf16,bf16,auto,A10G,21.99,1,1,1,1,"
+    "vllm #15360,vLLM,0.8.1 V0,Qwen/Qwen2.5-7B-Instruct,bf16,bf16,auto,A10G,21.99,1,1,1,1,"
     "0.9,6600,,0,14.25,0.06,1.43,0.76,4.05,75856,4741,16,",
-    "vllm issue 16692,vLLM,0.8.4 V1,deepseek-r1,fp8-block,bf16,auto,H800,,16,16,1,1,,32768,,0,40.3174,,,,,304704,,,",
-    "vllm issue 16378,vLLM,0.8.0rc3 V0,Gemma-3-27b,bf16,bf16,auto,A100 40GB,39.38,4,4,1,1,"
+    "vllm #16692,vLLM,0.8.4 V1,deepseek-r1,fp8-block,bf16,auto,H800,,16,16,1,1,,32768,,0,40.3174,,,,,304704,,,",
+    "vllm #16378,vLLM,0.8.0rc3 V0,Gemma-3-27b,bf16,bf16,auto,A100 40GB,39.38,4,4,1,1,"
     "0.9,65536,64,0,13.17,0.52,3.73,0.29,18.03,152416,9526,16,max_num_batched_tokens 16384",
-    "sglang issue 6027,SGLang,0.4.6.post2,DeepSeek-V3-0324,fp8-block,bf16,auto,H100 80GB,,16,16,1,16,"
+    "sglang #6027,SGLang,0.4.6.post2,DeepSeek-V3-0324,fp8-block,bf16,auto,H100 80GB,,16,16,1,16,"
     ",,,,,,,,17.99,274934,,,",
-    "sglang issue 4094,SGLang,0.4.3,Qwen2.5-7B-Instruct,bf16,bf16,auto,A100 40GB class,38.97,1,1,1,1,"
+    "sglang #4094,SGLang,0.4.3,Qwen2.5-7B-Instruct,bf16,bf16,auto,A100 40GB class,38.97,1,1,1,1,"
     "0.88,32768,4097,0,14.38,,,,19.92,372945,,,",
-    "llama.cpp issue 10152,llama.cpp,b4020,Qwen2.5 32B Instruct,gguf-Q4_K_M,,K f16 / V f16,Tesla P40,,3,1,3,1,"
+    "llama.cpp #10152,llama.cpp,b4020,Qwen2.5 32B Instruct,gguf-Q4_K_M,,K f16 / V f16,Tesla P40,,3,1,3,1,"
     ",32768,,,6.025,,0.3,,2.6667,32768,,,n_ubatch 512; flash_attn 1",
     "a thread,vLLM,0.8.5 V0,somebody/private-finetune-9b,bf16,,auto,L40S,,1,1,1,1,0.9,,,,16.73,,,,,1000,,,",
 )
