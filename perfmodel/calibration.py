@@ -26,6 +26,9 @@ from perfmodel.spec.calibration import (
 )
 from perfmodel.spec.hardware import Device, Node
 
+P90 = 1.2816
+"""Standard normal quantile of 0.9: a log-normal p90 is the expected value x exp(P90 sigma)."""
+
 _MODELS: dict[str, Any] = {"law": Law, "classes": Classes, "engines": Engines, "memory": MemoryAccounts}
 _replaced: dict[str, float] = {}
 _own_files: dict[str, DeviceCalibration] = {}

@@ -19,7 +19,6 @@ from perfmodel.spec.hardware import Node
 from perfmodel.spec.model import Model, Moe
 from perfmodel.symbols import Num
 
-_P10_P90 = 1.2816  # standard normal quantile of 0.9
 _REMEMBERED = 4096  # shapes whose token-wise cost a built estimator keeps
 _ROWS = 32_768  # configurations evaluated at once: arrays stay in the processor's cache
 
@@ -249,7 +248,7 @@ class Estimator:
         return Parts(
             expected,
             float(total.lower) * passes,
-            max(sum(busy.values()), expected) * math.exp(_P10_P90 * sigma),
+            max(sum(busy.values()), expected) * math.exp(calibration.P90 * sigma),
             sigma,
             max(busy, key=lambda r: busy[r]),
             busy,
@@ -321,5 +320,5 @@ class Parts:
     @property
     def interval(self) -> tuple[float, float]:
         """p10 and p90, inside the bounds."""
-        spread = float(np.exp(_P10_P90 * self.sigma))
+        spread = float(np.exp(calibration.P90 * self.sigma))
         return max(self.seconds / spread, self.lower), self.seconds * spread

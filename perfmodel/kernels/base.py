@@ -54,7 +54,7 @@ def streaming(op: Op, m: Machine) -> Demands:
 
 
 # Devices of fewer, wider cores (TPU, Gaudi) divide a row among them.
-_FEWEST_BLOCKS = 16
+FEWEST_UNITS = 16
 
 
 def _row_seconds(op: Op, m: Machine, moved: Num) -> Num:
@@ -63,7 +63,7 @@ def _row_seconds(op: Op, m: Machine, moved: Num) -> Num:
     A unit moves `row_bytes_per_clock` at best, set by its loads in flight over their latency (Little's law), and with
     fewer rows than units the others idle: moved / (min(rows, units) clock row_bytes_per_clock).
     """
-    if m.device.compute is None or m.units < _FEWEST_BLOCKS:
+    if m.device.compute is None or m.units < FEWEST_UNITS:
         return 0.0
     each = m.device.compute.clock * m.law["row_bytes_per_clock"]
     return moved / (np.minimum(op.shape["rows"], m.units) * each)

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from perfmodel.kernels.base import _FEWEST_BLOCKS, Demands, matrix_dtype, passing_bytes, stored_bytes, streaming
+from perfmodel.kernels.base import FEWEST_UNITS, Demands, matrix_dtype, passing_bytes, stored_bytes, streaming
 from perfmodel.kernels.matrix import ramped, tiled
 from perfmodel.machine import Machine
 from perfmodel.ops.traffic import Op
@@ -59,9 +59,9 @@ def expert_passes(op: Op, m: Machine) -> Demands:
     """Demands of what surrounds the products of a layer of experts, one pass after another.
 
     A fixed time (top-k, sort, counts, offsets and their launches) and what the engine adds, `expert_call` (in a served
-    model also `expert_layer`); the traffic
-    at the rate of `_pass_rate`; in native kernels another `expert_token_bytes` for every element of the tokens
-    that enter (copies and maps of the permutation; portable kernels address rows of the tokens instead).
+    model also `expert_layer`); the traffic at the rate of `_pass_rate`; in native kernels another `expert_token_bytes`
+    for every element of the tokens that enter (copies and maps of the permutation; portable kernels address rows of
+    the tokens instead).
     """
     d, law = streaming(op, m), m.law
     portable = _portable(op, m)
@@ -99,7 +99,7 @@ def _pass_rate(m: Machine, portable: bool) -> Num:
 def _per_clock(m: Machine, amount: Num) -> Num:
     """An amount per unit and clock as a rate of the device; no limit for a few wide cores."""
     compute = m.device.compute
-    return amount * m.units * compute.clock if compute and m.units >= _FEWEST_BLOCKS else np.inf
+    return amount * m.units * compute.clock if compute and m.units >= FEWEST_UNITS else np.inf
 
 
 def _tiles(op: Op, m: Machine, portable: bool) -> Num:

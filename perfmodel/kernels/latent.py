@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from perfmodel.kernels.base import Demands, matrix_dtype, stored_bytes, streaming
+from perfmodel.kernels.base import FEWEST_UNITS, Demands, matrix_dtype, stored_bytes, streaming
 from perfmodel.machine import Machine
 from perfmodel.ops.traffic import Op
 
@@ -15,7 +15,7 @@ _BLOCK_ELEMENTS = _BLOCK * (576 + 512)
 # Starts of plain attention items that one such block takes: rows more than four times as wide, in two round trips.
 _BLOCK_STARTS = 2.0
 # Devices of fewer, wider cores than this (TPU, Gaudi) work on as many tiles at a time as others have units.
-_FEWEST_UNITS, _WIDE_TILES = 16, 128.0
+_WIDE_TILES = 128.0
 
 
 def latent_attention(op: Op, m: Machine) -> Demands:
@@ -33,7 +33,7 @@ def latent_attention(op: Op, m: Machine) -> Demands:
     """
     s, law = op.shape, m.law
     d = streaming(op, m)
-    units = m.units if m.units >= _FEWEST_UNITS else _WIDE_TILES
+    units = m.units if m.units >= FEWEST_UNITS else _WIDE_TILES
     absorbed = s["absorbed"] == 1
     n, q, kv_len = s["n"], s["q"], s["kv_len"]
     groups, rows = n * s["kv_heads"], s["heads"] / s["kv_heads"] * q

@@ -70,7 +70,10 @@ def calibrate(rows: Sequence[Row], hardware: str, *, seed: int = 0) -> Report:
             + "; measure some with `perfmodel calibrate --measure`, or convert benchmark output with `perfmodel ingest`"
         )
     _check_noise(usable)
-    names, prior = _parameters(usable, device)
+    priors = _priors(usable, device)
+    names = list(priors)
+    start = {n: value for n, (value, _) in priors.items()}
+    prior = {n: sigma for n, (_, sigma) in priors.items()}
     held = (
         set(random.Random(seed).sample(range(len(usable)), len(usable) // 5))
         if len(usable) >= _FEWEST_TO_HOLD_BACK
@@ -78,8 +81,6 @@ def calibrate(rows: Sequence[Row], hardware: str, *, seed: int = 0) -> Report:
     )
     training = [r for i, r in enumerate(usable) if i not in held]
     before = np.abs(np.expm1(log_errors(usable)))
-    values = _prior_values(usable, device)
-    start = {n: values[n.split(".")[-1]] for n in names}
     with calibration.replaced(start):
         found = solve(training, names, prior=prior)
     if found.scatter > _WIDEST_SCATTER:
@@ -147,8 +148,8 @@ def _check_noise(rows: Sequence[Row]) -> None:
             )
 
 
-def _parameters(rows: Sequence[Row], device: str) -> tuple[list[str], dict[str, float]]:
-    """Full names of this device's parameters that rows of these kinds may inform, and their priors' sigma."""
+def _priors(rows: Sequence[Row], device: str) -> dict[str, tuple[float, float]]:
+    """Full name -> (value, sigma) before the fit, of this device's parameters that rows of these kinds may inform."""
     engines = {calibration.known_engine(r.text("engine")) for r in rows}
     engine = next(iter(engines)) if len(engines) == 1 else None
     served = all((k := kind_of(r)) is not None and k.name in _SERVING for r in rows)
@@ -162,9 +163,9 @@ def _parameters(rows: Sequence[Row], device: str) -> tuple[list[str], dict[str, 
             if group != "law" and (group != "engine" or engine):
                 keys[rest[-1]] = None
     wider = _STACKS_DIFFER if served and engine else {}
-    found = {key: _prior(key, device, engine) for key in (*keys, *wider)}
-    sigma = {key: max(p.sigma, wider.get(key, _SUREST)) for key, p in found.items() if p}
-    return [f"device.{device}.{key}" for key in sigma], {f"device.{device}.{key}": s for key, s in sigma.items()}
+    resolved = _resolved(device)
+    found = {key: _prior(key, resolved, engine) for key in (*keys, *wider)}
+    return {f"device.{device}.{key}": (p.value, max(p.sigma, wider.get(key, _SUREST))) for key, p in found.items() if p}
 
 
 def _resolved(device: str) -> dict[str, calibration.Resolved]:
@@ -173,18 +174,8 @@ def _resolved(device: str) -> dict[str, calibration.Resolved]:
     return achieved(spec, catalog.load_node(node) if node else None)
 
 
-def _prior_values(rows: Sequence[Row], device: str) -> dict[str, float]:
-    """Present value of every parameter the fit may move: an engine's own where all rows are of one."""
-    engines = {calibration.known_engine(r.text("engine")) for r in rows}
-    engine = next(iter(engines)) if len(engines) == 1 else None
-    names, _ = _parameters(rows, device)
-    keys = [n.split(".")[-1] for n in names]
-    return {key: p.value for key in keys if (p := _prior(key, device, engine))}
-
-
-def _prior(key: str, device: str, engine: str | None) -> Parameter | None:
+def _prior(key: str, found: dict[str, calibration.Resolved], engine: str | None) -> Parameter | None:
     """What is known of a parameter before the fit; None for one that plays no part, or is a fact and no fit."""
-    found = _resolved(device)
     own = calibration.engine(engine).parameters if engine else {}
     p = own.get(key) or (found[key].parameter if key in found else calibration.law().everything.get(key))
     return p if p and p.sigma > 0 and p.value > 0 else None

@@ -137,7 +137,7 @@ def _candidate(s: Scored, confidence: float) -> Candidate | None:
         clients, devices = s.row.number("batch"), s.row.number("n_devices")
     except Refused:
         return None
-    # The band is log-normal: p90 lies 1.2816 standard deviations above the expected value.
+    # The band is log-normal: p90 lies P90 standard deviations above the expected value.
     deviations = NormalDist().inv_cdf(confidence) / NormalDist().inv_cdf(0.9)
     cautious = s.outcome.value * (s.outcome.high / s.outcome.value) ** deviations
     unit = s.row.unit

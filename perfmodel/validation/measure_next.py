@@ -27,7 +27,6 @@ from perfmodel.planner.run import Plan
 from perfmodel.spec.formats import get_format
 
 _REPEATABLE = 0.03  # sigma of a benchmark that is repeated on the same machine
-_P10_P90 = 1.2816
 
 Gradient = dict[str, float]
 
@@ -100,7 +99,7 @@ def rank(plan_uses: Sequence[Use]) -> list[Ranked]:
 
 
 def _spread(variance: float) -> float:
-    return math.expm1(_P10_P90 * math.sqrt(max(variance, 0.0)))
+    return math.expm1(calibration.P90 * math.sqrt(max(variance, 0.0)))
 
 
 def _target(plan_uses: Sequence[Use]) -> Gradient:

@@ -18,7 +18,6 @@ from perfmodel.roofline import op_cost
 from perfmodel.validation.rows import Predicted, Refused, Row
 
 Outcome = Predicted | Refused
-_P10_P90 = 1.2816  # standard normal quantile of 0.9
 
 
 _bands = True
@@ -136,7 +135,7 @@ def rates(rows: Sequence[Row], work: Sequence[float], seconds: np.ndarray, sigma
 
 
 def _predicted(value: float, sigma: float) -> Predicted:
-    spread = float(np.exp(_P10_P90 * sigma))
+    spread = float(np.exp(calibration.P90 * sigma))
     return Predicted(value, value / spread, value * spread)
 
 

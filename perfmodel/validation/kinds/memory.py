@@ -29,7 +29,6 @@ from perfmodel.validation.memory_lines import Line
 from perfmodel.validation.rows import Predicted, Refused
 
 _GIB = 2.0**30
-_P10_P90 = 1.2816  # standard normal quantile of 0.9
 _LEAST = 0.2  # one sigma of one number takes no more than four fifths of a quantity
 # Storage formats behind spellings of the quant column, the first that matches. NF4 with an FP32 scale per 64 weights
 # takes 4.5 bits, as int4_g32 does.
@@ -130,7 +129,7 @@ def _cache_format(text: str, model: Model, wide: Format) -> Format:
 
 
 def _predicted(value: float, sigma: float) -> Predicted:
-    spread = math.exp(_P10_P90 * sigma)
+    spread = math.exp(calibration.P90 * sigma)
     return Predicted(value, value / spread, value * spread)
 
 

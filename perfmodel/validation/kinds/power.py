@@ -14,7 +14,6 @@ from perfmodel.estimator import Estimator
 from perfmodel.validation.kinds.base import Kind, Outcome, batched
 from perfmodel.validation.rows import Predicted, Refused, Row
 
-_P10_P90 = 1.2816  # standard normal quantile of 0.9
 _WATTS = {"w": 1.0, "kw": 1e3}
 _SHARES = {"": 1.0, "1": 1.0, "fraction": 1.0, "frac_tdp": 1.0, "%": 0.01}
 
@@ -49,7 +48,7 @@ def _answer(e: Estimator, row: Row) -> Outcome:
         value = watts / e.machine.tdp / _SHARES[unit]
     else:
         return Refused(f"unknown unit {row.text('unit')!r} of a power")
-    spread = float(np.exp(_P10_P90 * calibration.law().residual["power"]))
+    spread = float(np.exp(calibration.P90 * calibration.law().residual["power"]))
     return Predicted(float(value), float(value / spread), float(value * spread))
 
 
