@@ -23,7 +23,8 @@ from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, State
 from perfmodel.serving.workload import Bucket, Workload
 from perfmodel.spec.model import Model, Moe
-from perfmodel.spec.plan import Choices, Objectives
+from perfmodel.spec.plan import Choices
+from perfmodel.spec.workload import Objectives
 
 _HALVINGS = 9
 MOST_PREFILL = 0.9

@@ -9,8 +9,9 @@ import numpy as np
 from perfmodel.planner.columns import Column, Layout, bucket_mix, handoff_seconds, meets
 from perfmodel.serving.queueing import Mix, State
 from perfmodel.serving.replay import Outcome, merge, simulate
-from perfmodel.serving.workload import Bucket, Requests, Workload
-from perfmodel.spec.plan import Objectives
+from perfmodel.serving.requests import Requests
+from perfmodel.serving.workload import Bucket, Workload
+from perfmodel.spec.workload import Objectives
 
 _SIMULATED_INSTANCES = 3
 

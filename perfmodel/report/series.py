@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from perfmodel.planner.run import Plan
 from perfmodel.planner.verify import Pool, Replayed, promised
 from perfmodel.schedule import operators
 from perfmodel.serving.queueing import Instance, Mix, State
-from perfmodel.spec.plan import Objectives
+from perfmodel.spec.workload import Objectives
 
 _SHARES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94, 0.99)
 _REFINED = 4  # halvings of the step in which a layout stops being feasible
@@ -159,7 +160,7 @@ def worth(rate: float, layout: Layout, offer: Any, objective: str) -> float:
     return rate / (offer.price * devices / offer.devices)
 
 
-def strictest(limits: dict[str, float]) -> tuple[str, float | None]:
+def strictest(limits: Mapping[str, float]) -> tuple[str, float | None]:
     """The highest percentile that has a limit, or p95 without one."""
     name = max(limits, key=percentile, default="p95")
     return name, limits.get(name)

@@ -14,7 +14,7 @@ from perfmodel.planner.run import Plan
 from perfmodel.report import series
 from perfmodel.report.blocks import Cell, Table
 from perfmodel.report.text import METRICS, OBJECTIVE_UNITS, age, letter, money, number, percent, seconds, tokens
-from perfmodel.spec.plan import Objectives
+from perfmodel.spec.workload import Objectives
 
 
 def verdict(check: dict[str, Any]) -> Cell:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perfmodel.serving.clock import StepClock
-from perfmodel.serving.workload import Requests
+from perfmodel.serving.requests import Requests
 
 
 @dataclass(frozen=True)

@@ -13,27 +13,11 @@ from typing import IO, Any
 import numpy as np
 
 from perfmodel.errors import SpecError, did_you_mean
-from perfmodel.spec.plan import Trace
-from perfmodel.spec.plan import Workload as WorkloadSpec
+from perfmodel.serving.requests import Requests
+from perfmodel.spec.workload import Trace
+from perfmodel.spec.workload import Workload as WorkloadSpec
 
-PEAK_WINDOW_S = 300.0
 _SAMPLES = 600
-
-
-@dataclass(frozen=True)
-class Requests:
-    """Arrival seconds (sorted, from 0), input and output tokens of each request."""
-
-    arrival: np.ndarray
-    input: np.ndarray
-    output: np.ndarray
-
-    def __len__(self) -> int:
-        return int(self.arrival.size)
-
-    def take(self, chosen: Any) -> Requests:
-        """A subset, arrivals kept."""
-        return Requests(self.arrival[chosen], self.input[chosen], self.output[chosen])
 
 
 @dataclass(frozen=True)
@@ -94,7 +78,8 @@ def _parse(stream: IO[str], trace: Trace, file: str) -> Requests:
         raise SpecError("the trace is empty", file=file)
     wanted = trace.columns
     places = {}
-    for name in (wanted.arrival_s, wanted.input, wanted.output, *wanted.where):
+    arrival, input_, output = wanted.arrival_s or "arrival_s", wanted.input or "input", wanted.output or "output"
+    for name in (arrival, input_, output, *wanted.where):
         if name not in header:
             raise SpecError(
                 f"no column {name!r}{did_you_mean(name, header)}; columns: {', '.join(header)}", file=file, line=line
@@ -108,7 +93,7 @@ def _parse(stream: IO[str], trace: Trace, file: str) -> Requests:
             raise SpecError(f"{len(row)} values where the header has {len(header)} columns", file=file, line=line)
         if any(row[places[k]] != v for k, v in wanted.where.items()):
             continue
-        kept.append(_request(row, places, wanted.arrival_s, wanted.input, wanted.output, file, line))
+        kept.append(_request(row, places, arrival, input_, output, file, line))
     if not kept:
         raise SpecError("the trace has no requests" + (f" where {wanted.where}" if wanted.where else ""), file=file)
     table = np.array(kept)
@@ -134,8 +119,7 @@ def _request(row: list[str], places: dict[str, int], *columns: Any) -> tuple[flo
 def build(spec: WorkloadSpec, base: Path, load: float, seed: int) -> Workload:
     """The workload to plan for: the peak window, the whole trace, or a given rate, times the load factor."""
     if spec.lengths is not None:
-        assert isinstance(spec.rate, float)
-        return _fixed(spec.lengths.input, spec.lengths.output, spec.rate * load, load, seed)
+        return _fixed(spec.lengths.input, spec.lengths.output, spec.rate.value * load, load, seed)
     assert spec.trace is not None
     whole = read_trace(spec.trace, base)
     span = float(whole.arrival[-1]) if len(whole) > 1 else 0.0
@@ -144,16 +128,16 @@ def build(spec: WorkloadSpec, base: Path, load: float, seed: int) -> Workload:
             "all requests arrive at the same time: no rate can be read from the trace", file=spec.trace.file
         )
     requests, described = whole, f"{len(whole)} requests over {span:.0f} s"
-    if spec.rate == "peak":
-        requests, span, start = _busiest(whole, span)
+    if spec.rate.kind == "peak":
+        requests, span, start = _busiest(whole, span, spec.rate.window)
         described = f"busiest {span:.0f} s of {len(whole)} requests, from {start:.0f} s, {len(requests)} requests"
     rate = len(requests) / span
     dispersion = _dispersion(requests.arrival)
-    if isinstance(spec.rate, float):
+    if spec.rate.kind == "given":
         # A given rate keeps the trace's lengths and burstiness and stretches its clock.
-        factor = rate / spec.rate
+        factor = rate / spec.rate.value
         requests = Requests(requests.arrival * factor, requests.input, requests.output)
-        span, rate = span * factor, spec.rate
+        span, rate = span * factor, spec.rate.value
     if load != 1:
         described += f", {'superposed' if load > 1 else 'thinned'} x{load:g}"
         requests = superpose(requests, span, load, seed)
@@ -171,8 +155,8 @@ def _fixed(input_: int, output: int, rate: float, load: float, seed: int) -> Wor
     )
 
 
-def _busiest(whole: Requests, span: float) -> tuple[Requests, float, float]:
-    window = min(PEAK_WINDOW_S, span)
+def _busiest(whole: Requests, span: float, seconds: float) -> tuple[Requests, float, float]:
+    window = min(seconds, span)
     ends = np.searchsorted(whole.arrival, whole.arrival + window, side="left")
     counts = ends - np.arange(len(whole))
     # A window must lie inside the trace, or its tail would count as silence.

@@ -15,8 +15,9 @@ from perfmodel.planner.run import plan
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix
 from perfmodel.serving.replay import simulate
-from perfmodel.serving.workload import Requests, read_trace
-from perfmodel.spec.plan import Columns, Trace
+from perfmodel.serving.requests import Requests
+from perfmodel.serving.workload import read_trace
+from perfmodel.spec.workload import Columns, Trace
 
 ROOT = Path(__file__).parents[2]
 

@@ -7,7 +7,7 @@ import pytest
 
 from perfmodel.estimator import Estimator
 from perfmodel.serving.clock import StepClock
-from perfmodel.serving.workload import Requests
+from perfmodel.serving.requests import Requests
 
 
 @pytest.fixture(scope="session")

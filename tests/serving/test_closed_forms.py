@@ -11,8 +11,9 @@ from perfmodel.estimator import Estimator
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, _gamma_cdf
 from perfmodel.serving.replay import simulate
-from perfmodel.serving.workload import Requests, read_trace
-from perfmodel.spec.plan import Columns, Trace
+from perfmodel.serving.requests import Requests
+from perfmodel.serving.workload import read_trace
+from perfmodel.spec.workload import Columns, Trace
 
 ROOT = Path(__file__).parents[2]
 

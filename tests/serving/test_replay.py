@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perfmodel.serving.replay import merge, simulate
-from perfmodel.serving.workload import Requests
+from perfmodel.serving.requests import Requests
 
 AMPLE = 1e9
 

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from perfmodel.errors import SpecError
 from perfmodel.serving import workload
-from perfmodel.serving.workload import Requests, buckets, build, read_trace, superpose
-from perfmodel.spec.plan import Columns, Objectives, Trace
-from perfmodel.spec.plan import Workload as Spec
+from perfmodel.serving.requests import Requests
+from perfmodel.serving.workload import buckets, build, read_trace, superpose
+from perfmodel.spec.workload import Columns, Objectives, Trace
+from perfmodel.spec.workload import Workload as Spec
 
 ROOT = Path(__file__).parents[2]
 AZURE = Trace(file="examples/traces/azure-conv-2023.csv.gz", columns=Columns(input="input_len", output="output_len"))

@@ -1,0 +1,65 @@
+"""What runs: the pools of instances of a plan, as `plan --json` writes them and `replay`, `report` and `estimate` read them."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from perfmodel.spec.base import Count, Fraction, Natural, Spec
+
+Role = Literal["colocated", "prefill", "decode", "encode"]
+Policy = Literal["chunked", "whole", "static", "layered", "split"]
+Routing = Literal["random", "round-robin", "least-loaded", "prefix-affine"]
+
+
+class PoolSpec(Spec):
+    """Equal instances behind one router."""
+
+    role: Role = "colocated"
+    hardware: str
+    """A node of the catalogue."""
+    replicas: Count = 1
+    tp: Count = 1
+    pp: Count = 1
+    ep: Count = 1
+    dp: Count = 1
+    cp: Count = 1
+    weight_dtype: str | None = None
+    """None: the checkpoint's own."""
+    kv_dtype: str | None = None
+    policy: Policy = "chunked"
+    """How prefill and decode share the device: in chunks beside decode steps, whole prompts between them, batches that start and
+    end together, one group of layers a step, or a split of its compute units."""
+    prefill_share: Fraction = 0.5
+    """Compute units that prefill gets under the policy `split`."""
+    max_batch: Natural = 0
+    """Sequences an instance decodes at most; 0: the engine's default."""
+    chunk: Natural = 0
+    """Tokens of a step; 0: the engine's default."""
+    input_tokens: tuple[float, float] | None = None
+    """Input lengths the router sends here; None: all."""
+    share: Fraction = 1.0
+    """Share of those requests that comes here; the rest goes to the other pools of that range and role."""
+
+
+class Deployment(Spec):
+    """A model on pools of instances."""
+
+    model: str
+    engine: str = "vllm"
+    pools: tuple[PoolSpec, ...] = Field(min_length=1)
+    routing: Routing = "round-robin"
+    """How a pool's requests are dealt to its instances."""
+    prefix_caching: bool = False
+    mem_fraction: float | None = Field(default=None, gt=0, le=1)
+
+    @model_validator(mode="after")
+    def _whole(self) -> Deployment:
+        roles = {p.role for p in self.pools}
+        if ("prefill" in roles) != ("decode" in roles):
+            missing = "decode" if "prefill" in roles else "prefill"
+            raise ValueError(f"prefill and decode pools need each other: there is no {missing} pool")
+        if not roles & {"colocated", "prefill"}:
+            raise ValueError("no pool takes requests: add a colocated or a prefill pool")
+        return self
