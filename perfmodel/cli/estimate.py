@@ -7,11 +7,11 @@ from typing import Any
 import click
 
 from perfmodel.cli.group import common_options
-from perfmodel.cli.options import estimate_arguments, estimate_options
+from perfmodel.cli.options import FromPlan, estimate_arguments, estimate_options
 from perfmodel.cli.text import echo_json, heading, number, plural, seconds, size, table
 
 
-@click.command()
+@click.command(cls=FromPlan)
 @estimate_options
 @common_options
 def estimate(as_json: bool, **options: Any) -> None:

@@ -7,13 +7,13 @@ from typing import Any
 import click
 
 from perfmodel.cli.group import common_options
-from perfmodel.cli.options import estimate_arguments, estimate_options
+from perfmodel.cli.options import FromPlan, estimate_arguments, estimate_options
 from perfmodel.cli.text import echo_json
 
 _NOT_EXPLAINED = ("price", "ttft", "tpot", "rate", "concurrency")
 
 
-@click.command()
+@click.command(cls=FromPlan)
 @estimate_options
 @common_options
 def explain(as_json: bool, **options: Any) -> None:

@@ -37,6 +37,36 @@ class Quantity(click.ParamType):
         return units.parse(value, self.kind)
 
 
+class FromPlan(click.Command):
+    """A verb about one instance: with --plan, the options that are not given are those of a pool of the plan."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        given, _, _ = self.make_parser(ctx).parse_args(list(args))
+        if isinstance(given.get("plan"), str):
+            ctx.default_map = _pool_options(given["plan"], given.get("pool", "1"))
+        return super().parse_args(ctx, args)
+
+
+def _pool_options(path: str, pool: str) -> dict[str, Any]:
+    from perfmodel.spec import deployment
+
+    plan = deployment.read(path)
+    numbers = [str(i + 1) for i in range(len(plan.pools))]
+    if pool not in numbers:
+        raise SpecError(f"--pool {pool}: the plan's pools are {', '.join(numbers)}", file=path)
+    chosen = plan.pools[int(pool) - 1]
+    return {
+        "model": plan.model, "hardware": chosen.hardware, "engine": plan.engine, "mem_fraction": plan.mem_fraction,
+        **{name: getattr(chosen, name) for name in ("tp", "pp", "dp", "cp", "ep", "weight_dtype", "kv_dtype")},
+    }  # fmt: skip
+
+
+_PLAN = (
+    click.option("--plan", type=click.Path(exists=True, dir_okay=False), expose_value=False,
+                 help="A plan.json or deployment YAML: its pool says model, hardware, degrees and formats."),
+    click.option("--pool", type=int, expose_value=False, help="Which pool of --plan, from 1.  [1]"),
+)  # fmt: skip
+
 # Names and spellings follow vLLM where it has one, so that a serving command can be pasted.
 _INSTANCE = (
     click.option("--model", required=True, help="Name, alias or Hugging Face id; a YAML, a config.json or its folder."),
@@ -78,8 +108,8 @@ def _apply(options: tuple[Any, ...], function: F) -> F:
 
 
 def estimate_options(function: F) -> F:
-    """Everything one estimate is asked with."""
-    return _apply((*_INSTANCE, *_REQUEST), function)
+    """Everything one estimate is asked with; the verb's class is `FromPlan`."""
+    return _apply((*_INSTANCE, *_REQUEST, *_PLAN), function)
 
 
 def estimate_arguments(

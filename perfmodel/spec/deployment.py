@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
 
+from perfmodel.errors import SpecError
+from perfmodel.spec import yaml
 from perfmodel.spec.base import Count, Fraction, Natural, Spec
 
 Role = Literal["colocated", "prefill", "decode", "encode"]
@@ -63,3 +66,17 @@ class Deployment(Spec):
         if not roles & {"colocated", "prefill"}:
             raise ValueError("no pool takes requests: add a colocated or a prefill pool")
         return self
+
+
+def read(path: str | Path) -> Deployment:
+    """The deployment in a plan's JSON (its key `deployment`), or a file that is one. Raises SpecError with the line."""
+    document = yaml.read(path)
+    if isinstance(document.data, dict) and "deployment" in document.data:
+        lines = {key[1:]: line for key, line in document.lines.items() if key[:1] == ("deployment",)}
+        document = yaml.Document(document.data["deployment"], document.file, lines)
+    elif isinstance(document.data, dict) and {"fleet", "workload"} & set(document.data):
+        raise SpecError(
+            "this is a planning job, not a plan: run `perfmodel plan` on it and give the plan.json it writes",
+            file=document.file, line=1,
+        )  # fmt: skip
+    return yaml.validate(document, Deployment)
