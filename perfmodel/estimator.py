@@ -67,6 +67,13 @@ def check_parallelism(model: Model, par: Parallelism) -> None:
                 f"--tp {par.tp} does not divide the {heads} heads of {model.name} ({name} layers); "
                 f"degrees that do: {', '.join(map(str, fits))}"
             )
+        kv_heads = getattr(block.mixer, "kv_heads", None)
+        if kv_heads and kv_heads % par.tp and par.tp % kv_heads:
+            fits = [d for d in range(1, heads + 1) if heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0) and d <= 64]
+            raise SpecError(
+                f"--tp {par.tp} neither divides the {kv_heads} key-value heads of {model.name} ({name} layers) nor is a "
+                f"multiple of them; degrees that do: {', '.join(map(str, fits))}"
+            )
     moes = [b.ffn for b in model.blocks.values() if isinstance(b.ffn, Moe)]
     if par.ep > 1:
         if not moes:

@@ -321,6 +321,13 @@ def test_degrees_that_cannot_cut_the_model_are_refused(degrees: dict[str, int], 
         Estimator("llama-3.1-8b", "h100-sxm", **degrees)
 
 
+def test_key_value_heads_must_be_cut_or_copied_whole() -> None:
+    """Ten key-value heads on four devices would be 2.5 each; on two they are five, on twenty each is held twice."""
+    with pytest.raises(SpecError, match="10 key-value heads.*1, 2, 5, 10, 20, 40"):
+        Estimator("phi-4", "hgx-h100-8", tp=4)
+    Estimator("phi-4", "hgx-h100-8", tp=2)
+
+
 def test_what_does_not_fit_says_what_would() -> None:
     """141 GB of weights on one device of 80 GB, and on one of 192 GB."""
     with pytest.raises(Infeasible) as raised:
