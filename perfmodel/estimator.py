@@ -68,7 +68,7 @@ def check_parallelism(model: Model, par: Parallelism) -> None:
                 f"degrees that do: {', '.join(map(str, fits))}"
             )
         kv_heads = getattr(block.mixer, "kv_heads", None)
-        if kv_heads and kv_heads % par.tp and par.tp % kv_heads:
+        if heads and kv_heads and kv_heads % par.tp and par.tp % kv_heads:
             fits = [d for d in range(1, heads + 1) if heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0) and d <= 64]
             raise SpecError(
                 f"--tp {par.tp} neither divides the {kv_heads} key-value heads of {model.name} ({name} layers) nor is a "
@@ -233,9 +233,12 @@ class Estimator:
         return self.host_seconds(batch, m) + np.maximum(seconds, by_one * m.law["host_slowdown"])
 
     def host_seconds(self, batch: Num, m: Machine | None = None) -> Num:
-        """Host seconds of a step that the device waits for: scheduling, input preparation, sampled tokens."""
+        """Host seconds of a step that the device waits for: scheduling, input preparation, sampled tokens.
+
+        Data-parallel ranks have a scheduler each, so a rank waits for its own sequences only.
+        """
         m = m or self.machine
-        return m.law["host_slowdown"] * (m.law["host_base"] + m.law["host_per_sequence"] * batch)
+        return m.law["host_slowdown"] * (m.law["host_base"] + m.law["host_per_sequence"] * batch / self.par.dp)
 
     def parts(self, batch: float, new: float, context: float, *, is_decode: bool) -> Parts:
         """Expected time, bounds, spread and bottleneck of one step; context in cached tokens before the step."""

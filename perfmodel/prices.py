@@ -25,17 +25,22 @@ class NodePrice:
 
 
 def on_demand(node: str) -> NodePrice | None:
-    """Cheapest on-demand price of a whole node over all lists of the first root that has one; None without."""
+    """Cheapest on-demand price of a whole node over all lists of the first root that has one, else what it costs to own."""
+    return rented(node, "on-demand") or owned(node)
+
+
+def rented(node: str, term: str) -> NodePrice | None:
+    """Cheapest price of a whole node on a term (on-demand, 1y, 3y, spot) over all lists; None without."""
     offers = [
         (item.price * item.units_per_node, prices, item)
         for prices in catalog.load_prices()
         for item in prices.items
-        if item.node == node and item.term == "on-demand" and item.price is not None
+        if item.node == node and item.term == term and item.price is not None
     ]
-    if offers:
-        usd, prices, item = min(offers, key=lambda o: o[0])
-        return NodePrice(usd, _describe(prices, item))
-    return owned(node)
+    if not offers:
+        return None
+    usd, prices, item = min(offers, key=lambda o: o[0])
+    return NodePrice(usd, _describe(prices, item))
 
 
 def owned(node: str) -> NodePrice | None:

@@ -50,6 +50,17 @@ def tool(name: str) -> str:
     return path
 
 
+def cbc() -> str:
+    """The second integer-programming solver, by its name in perfmodel.planner.solver."""
+    from perfmodel.planner import solver
+
+    try:
+        solver.cbc()
+    except solver.MissingSolver:
+        _missing("CBC", "apt-get install coinor-cbc")
+    return "cbc"
+
+
 def _module(name: str, remedy: str) -> ModuleType:
     try:
         return importlib.import_module(name)

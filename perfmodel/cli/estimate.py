@@ -124,8 +124,15 @@ def _serving(s: dict[str, Any]) -> str:
         ["prefill", f"{s['prefill_utilisation']:.0%} of the time"],
         ["KV memory", f"{s['kv_share']:.0%} of what is free"],
     ]
-    for name in ("ttft", "tpot"):
-        rows.append([name.upper(), ", ".join(f"{k} {seconds(v)}" for k, v in s[f"{name}_s"].items())])
+    for name, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("longest_gap", "longest gap")):
+        if f"{name}_s" in s:
+            rows.append([title, ", ".join(f"{k} {seconds(v)}" for k, v in s[f"{name}_s"].items())])
     for name, share in s.get("met_share", {}).items():
         rows.append([f"{name.upper()} limit", f"met by {share:.1%} of the requests"])
+    if "attainment" in s:
+        worth, most = number(s["goodput_per_s"]), number(s["capacity_per_s"])
+        rows.append(["goodput", f"{worth} requests/s: {s['attainment']:.1%} meet all limits"])
+        rows.append(["capacity", f"{most} requests/s of which 95 % meet all limits"])
+    if s.get("closed_form", "valid") != "valid":
+        rows.append(["caution", f"percentiles are {s['closed_form']}; replay decides"])
     return f"{heading('Under load, continuous batching')}\n{table(rows)}"

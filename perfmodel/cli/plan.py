@@ -7,16 +7,23 @@ import sys
 import click
 
 from perfmodel.cli.group import common_options
+from perfmodel.cli.options import Quantity
 from perfmodel.cli.text import echo_json
+
+OBJECTIVES = ["cost", "devices", "power", "carbon", "latency", "goodput"]
 
 
 @click.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False))
 @click.option("--out", default="out", show_default=True, metavar="DIR", help="Folder of the report.")
-@click.option("--objective", type=click.Choice(["cost", "devices", "energy"]), help="What to minimise.  [the file's]")
+@click.option("--objective", type=click.Choice(OBJECTIVES), help="What to minimise.  [the file's]")
+@click.option("--confidence", type=Quantity("ratio"), help="Probability of keeping the promises, 0.5 to 1.  [the file's]")
+@click.option("--quick", is_flag=True, help="Only the plan: no runners-up, no sensitivities.")
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @common_options
-def plan(file: str, out: str, objective: str | None, no_report: bool, as_json: bool) -> None:
+def plan(
+    file: str, out: str, objective: str | None, confidence: float | None, quick: bool, no_report: bool, as_json: bool
+) -> None:
     """Choose the fleet for the workload in FILE (YAML)."""
     from perfmodel.planner.run import plan as run
 
@@ -24,7 +31,8 @@ def plan(file: str, out: str, objective: str | None, no_report: bool, as_json: b
         click.echo(f"{line} ...", err=True)
 
     # A plan takes minutes; say so where a person is watching.
-    result = run(file, objective=objective, progress=progress if sys.stderr.isatty() else None)
+    shown = progress if sys.stderr.isatty() else None
+    result = run(file, objective=objective, confidence=confidence, explain=not quick, progress=shown)
     if as_json:
         echo_json(result.data)
     else:

@@ -10,47 +10,35 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
 from perfmodel import memory
 from perfmodel.catalog import load_model
 from perfmodel.cost import demand_shares, device_power
-from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
+from perfmodel.planner.layout import Built, Layout, build, layouts
 from perfmodel.planner.offer import Offer
-from perfmodel.serving.clock import StepClock
+from perfmodel.planner.promise import Verdict, judge, percentile, why_never
+from perfmodel.planner.reuse import Reuse
+from perfmodel.planner.transfer import exposed_per_token
+from perfmodel.serving import frontend
+from perfmodel.serving.clock import StepClock, kv_tokens
+from perfmodel.serving.modes import WholeClock, WholeInstance
 from perfmodel.serving.queueing import Instance, Mix, State
+from perfmodel.serving.split import Sides, SplitClock, SplitInstance
 from perfmodel.serving.workload import Bucket, Workload
-from perfmodel.spec.model import Model, Moe
-from perfmodel.spec.plan import Choices
+from perfmodel.spec.choices import Choices
 from perfmodel.spec.workload import Objectives
 
-_HALVINGS = 9
-MOST_PREFILL = 0.9
-"""Share of its time an instance may plan to spend on prefill: closer to one, waits depend on the last request."""
-_ROUNDING = 1e-3
+__all__ = ["Column", "Enumerator", "Layout", "percentile"]
 
-
-@dataclass(frozen=True)
-class Layout:
-    """How one instance is built."""
-
-    node: str
-    role: str
-    tp: int
-    pp: int
-    weight_dtype: str
-    ep: int = 1
-
-    @property
-    def devices(self) -> int:
-        return self.tp * self.pp
-
-    @property
-    def label(self) -> str:
-        more = "".join(f" {name}{n}" for name, n in (("pp", self.pp), ("ep", self.ep)) if n > 1)
-        return f"{self.node} {self.role} tp{self.tp}{more} {self.weight_dtype}"
+_IDLE = 1e-4
+_STRIDE = 1.3
+_PRECISION = 1.02
+_TIGHT = 0.01
+"""A rate is high enough once one promise has no more than this share of its permitted misses left."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +48,7 @@ class Column:
     layout: Layout
     offer: Offer
     buckets: tuple[int, ...]
-    instance: Instance
+    case: Case
     estimator: Estimator
     mix: Mix
     state: State
@@ -80,6 +68,11 @@ class Column:
     """Watts of one instance's devices at the operating point."""
 
     @property
+    def instance(self) -> Instance:
+        """What answers for the layout's percentiles."""
+        return self.case.instance
+
+    @property
     def key(self) -> tuple[Layout, tuple[int, ...]]:
         return self.layout, self.buckets
 
@@ -94,10 +87,6 @@ class Rejected:
     reason: str
     metric: str = ""
     best: float = math.nan
-
-
-Built = tuple[Estimator, StepClock] | str
-"""An estimator and its clock, or why the layout cannot hold the model."""
 
 
 def bucket_mix(buckets: list[Bucket], chosen: tuple[int, ...], weights: np.ndarray | None = None) -> Mix:
@@ -126,6 +115,7 @@ class Enumerator:
     ) -> None:  # fmt: skip
         self.model, self.offers, self.choices, self.objectives = model, offers, choices, objectives
         self.workload, self.buckets, self.built = workload, buckets, built
+        self.reuse = Reuse(workload, buckets, choices.dealt) if choices.prefix_caching else None
         self.columns: dict[tuple[Layout, tuple[int, ...]], Column] = {}
         self.rejected: list[Rejected] = []
         self.layouts: list[Layout] = []
@@ -136,25 +126,24 @@ class Enumerator:
 
     def _add(self, layout: Layout, offer: Offer) -> None:
         if layout not in self.built:
-            self.built[layout] = _build(self.model, offer, layout, self.choices, self.workload)
+            self.built[layout] = build(self.model, offer, layout, self.choices, self.workload)
         built = self.built[layout]
         if isinstance(built, str):
             self.rejected.append(Rejected(layout, (), built, "memory"))
             return
-        e, clock = built
-        whole = bucket_mix(self.buckets, tuple(range(len(self.buckets))))
-        moved = handoff_seconds(e) if layout.role == "decode" else 0.0
-        instance = Instance(clock, layout.role, kv_tokens(e, whole.context), moved)
+        instance = serving_instance(built, layout, bucket_mix(self.buckets, tuple(range(len(self.buckets)))))
+        guess = 0.0
         for chosen in bucket_sets(len(self.buckets)):
-            mix = bucket_mix(self.buckets, chosen)
-            rate, limited = _highest_rate(instance, mix, self.objectives, self.workload, self._rate(chosen))
+            case = Case(instance, built[0], self.buckets, chosen, self.workload, self.objectives, self.reuse)
+            # Sets come in order, so the one before lies near in work per request.
+            tokens = float(case.mix(0.0).mean(case.mix(0.0).input))
+            rate, limited = case.highest_rate(guess / tokens)
+            guess = rate * tokens
             if rate <= 0:
-                self.rejected.append(Rejected(layout, chosen, *_why_never(instance, mix, self.objectives)))
+                reason = why_never(instance, case.mix(0.0), self.objectives, built[0].engine)
+                self.rejected.append(Rejected(layout, chosen, *reason))
                 continue
-            self.columns[layout, chosen] = _column(layout, offer, chosen, instance, e, mix, rate, limited, self.buckets)
-
-    def _rate(self, chosen: tuple[int, ...]) -> float:
-        return self.workload.rate * sum(self.buckets[k].share for k in chosen)
+            self.columns[layout, chosen] = _column(layout, offer, case, rate, limited)
 
     def tighten(self, column: Column, factor: float) -> None:
         """Lower the operating point of a column's layout: its own bucket set fully, the others half as much."""
@@ -162,82 +151,14 @@ class Enumerator:
             if c.layout == column.layout:
                 rate = c.state.rate * (factor if set(c.buckets) & set(column.buckets) else factor**0.5)
                 limited = c.limited_by if "replay" in c.limited_by else f"{c.limited_by} in replay"
-                self.columns[key] = _column(
-                    c.layout, c.offer, c.buckets, c.instance, c.estimator, c.mix, rate, limited, self.buckets
-                )  # fmt: skip
+                case = Case(
+                    c.instance, c.estimator, self.buckets, c.buckets, self.workload, self.objectives, self.reuse
+                )
+                self.columns[key] = _column(c.layout, c.offer, case, rate, limited)
 
     def select(self, test: Callable[[Column], bool] = lambda c: True) -> list[Column]:
         """Columns that pass a test, without those another of them dominates."""
         return _prune([c for c in self.columns.values() if test(c)], len(self.buckets))
-
-
-def layouts(model: Model, offer: Offer, choices: Choices) -> list[Layout]:
-    """Roles x formats x tensor-, pipeline- and expert-parallel degrees. tp stays inside a node unless it may cross."""
-    count = offer.machine.devices_per_node
-    widest = count * (2 if choices.tp_across_nodes else 1)
-    degrees = choices.tp or tuple(2**i for i in range(int(math.log2(widest)) + 1))
-    experts = any(isinstance(b.ffn, Moe) for b in model.blocks.values())
-    return [
-        Layout(offer.node.name, role, tp, pp, dtype, ep)
-        for role in choices.roles
-        for dtype in choices.weight_dtype or ("checkpoint",)
-        for tp in degrees
-        for pp in choices.pp
-        for ep in choices.ep or sorted({1, tp} if experts else {1})
-        if tp <= widest and (role == "colocated" or offer.machine.network > 0)
-    ]
-
-
-def _build(
-    model: str, offer: Offer, layout: Layout, choices: Choices, workload: Workload
-) -> tuple[Estimator, StepClock] | str:
-    """Estimator and clock of a layout, or why it cannot hold the model."""
-    try:
-        e = Estimator(
-            model, offer.node, tp=layout.tp, pp=layout.pp, ep=layout.ep, engine=choices.engine, kv_dtype=choices.kv_dtype,
-            weight_dtype=None if layout.weight_dtype == "checkpoint" else layout.weight_dtype,
-            mem_fraction=choices.mem_fraction,
-        )  # fmt: skip
-    except SpecError as error:
-        return str(error)
-    longest = float(np.max(workload.requests.input + workload.requests.output))
-    one = float(memory.cache_bytes(e.model, e.par, e.formats, 1, longest, e.engine.block_tokens))
-    if e.kv_free < one:
-        weights = float(memory.weight_bytes(e.model, e.par, e.formats))
-        return (
-            f"needs {(weights + one) / 1e9:.1f} GB per device for weights and the longest request, and has "
-            f"{(weights + e.kv_free) / 1e9:.1f} GB beside activations and engine"
-        )
-    inputs, outputs, weight = workload.sample()
-    return e, StepClock(e, Mix(inputs, outputs, weight).context)
-
-
-def kv_tokens(e: Estimator, context: float) -> float:
-    """Cached tokens an instance holds, at a typical context (windows and states included)."""
-    per_token = float(memory.cache_bytes(e.model, e.par, e.formats, 1, context, e.engine.block_tokens)) / context
-    return e.kv_free / per_token
-
-
-def handoff_seconds(e: Estimator) -> float:
-    """Seconds per token to move its cache over the instance's share of the node's NICs."""
-    bytes_ = memory.kv_bytes_per_token(e.model, e.formats)
-    m = e.machine
-    return float(bytes_ / (m.network * m.network_efficiency * e.par.devices)) if m.network else math.inf
-
-
-def meets(instance: Instance, s: State, mix: Mix, objectives: Objectives, dispersion: float) -> str:
-    """Empty when every percentile holds, else the one that breaks."""
-    if not s.feasible:
-        return s.reason
-    if s.utilisation > MOST_PREFILL * (1 + _ROUNDING):
-        return "prefill time"
-    for name, limit in objectives.ttft.items() if instance.role != "decode" else ():
-        if instance.ttft_met(limit, s, mix, dispersion) < percentile(name):
-            return f"TTFT {name}"
-    for name, limit in objectives.tpot.items():
-        if instance.tpot_met(limit, s, mix) < percentile(name):
-            return f"TPOT {name}"
-    return ""
 
 
 def unserved(columns: list[Column], buckets: int) -> list[int]:
@@ -252,84 +173,127 @@ def unserved(columns: list[Column], buckets: int) -> list[int]:
     ]  # fmt: skip
 
 
-def percentile(name: str) -> float:
-    """``p95`` -> 0.95."""
-    return float(name[1:]) / 100
+@dataclass(frozen=True)
+class Case:
+    """A set of buckets on one instance: what it sees at a rate, and the rate at which it just keeps every promise."""
+
+    instance: Instance
+    estimator: Estimator
+    buckets: list[Bucket]
+    chosen: tuple[int, ...]
+    workload: Workload
+    objectives: Objectives
+    reuse: Reuse | None
+
+    @property
+    def most(self) -> float:
+        """Requests per second of these buckets together."""
+        return self.workload.rate * sum(self.buckets[k].share for k in self.chosen)
+
+    def replicas(self, rate: float) -> float:
+        """Instances among which the buckets are dealt at so many requests per second each."""
+        return max(1.0, self.most / rate) if rate > 0 else 1.0
+
+    def mix(self, rate: float) -> Mix:
+        """Lengths of the requests, with what the prefix cache beside the running batch holds of them."""
+        return self.seen(bucket_mix(self.buckets, self.chosen), self.chosen, rate, self.replicas(rate))
+
+    def seen(self, mix: Mix, served: tuple[int, ...], rate: float, replicas: float) -> Mix:
+        """A mix of the buckets `served` at `rate` per instance, with its cached tokens.
+
+        Running requests have the first right to memory, so the cache has what they leave; two rounds settle that.
+        """
+        if self.reuse is None or self.instance.role == "decode":
+            return mix
+        ideal = np.concatenate([_cached(self.buckets[k]) for k in served])
+        bucket = np.repeat(served, [self.buckets[k].input.size for k in served])
+        left = self.instance.kv_tokens
+        for _ in range(2):
+            found = self.reuse.share(left, replicas)[bucket] * ideal
+            mix = replace(mix, cached=np.minimum(found, mix.input - 1))
+            s = self.instance.state(max(rate, _IDLE), mix)
+            left = self.instance.kv_tokens * max(1 - s.kv_share, 0.0) if s.feasible else 0.0
+        return mix
+
+    def judge(self, rate: float) -> Verdict:
+        """The promise that breaks at a rate, or comes nearest to it.
+
+        Dealing requests out in turn among n instances divides the dispersion of each one's arrivals by n; prefix affinity
+        gives the busiest instance more than its share.
+        """
+        mix, replicas = self.mix(rate), self.replicas(rate)
+        uneven = self.reuse.imbalance(replicas) if self.reuse else 1.0
+        s = self.instance.state(rate * uneven, mix)
+        dispersion = self.workload.dispersion / math.floor(replicas)
+        return judge(self.instance, s, mix, self.objectives, dispersion, self.estimator.engine)
+
+    def highest_rate(self, guess: float = 0.0) -> tuple[float, str]:
+        """Highest rate at which every promise is kept (0: none), and what breaks beyond it. guess: where it may lie."""
+        most, beyond = self.most, "the whole load"
+        mix = self.mix(0.0)
+        if self.instance.role != "decode" and self.estimator.engine.frontend is not None:
+            carried = frontend.rate_bound(self.estimator.engine, mix.mean(mix.input), mix.mean(mix.output))
+            if carried < most:
+                most, beyond = carried, "the engine's front end"
+        low = high = min(guess, most) or most
+        verdict = self.judge(high)
+        # From the guess outwards, in growing strides, until one rate holds and a higher one does not.
+        above = below = verdict
+        stride = _STRIDE
+        while not above.broken:
+            if high >= most:
+                return most, beyond
+            low, below = high, above
+            high, stride = min(high * stride, most), stride * stride
+            above = self.judge(high)
+        while below.broken:
+            if low <= _IDLE:
+                return 0.0, ""
+            high, above = low, below
+            low, stride = max(low / stride, _IDLE), stride * stride
+            below = self.judge(low)
+        return self._between(low, below, high, above)
+
+    def _between(self, low: float, below: Verdict, high: float, above: Verdict) -> tuple[float, str]:
+        """The rate where the slack vanishes, by secants kept inside the bracket (Illinois method) on the logarithm."""
+        left, right = below.slack, above.slack
+        while high > low * _PRECISION and below.slack > _TIGHT:
+            part = left / (left - right) if math.isfinite(right) and math.isfinite(left) else 0.5
+            trial = low * (high / low) ** min(max(part, 0.1), 0.9)
+            verdict = self.judge(trial)
+            if verdict.broken:
+                high, above, right, left = trial, verdict, verdict.slack, left / 2
+            else:
+                low, below, left, right = trial, verdict, verdict.slack, right / 2
+        return low, above.name
 
 
-def _highest_rate(
-    instance: Instance, mix: Mix, objectives: Objectives, workload: Workload, most: float
-) -> tuple[float, str]:
-    """Highest rate at which everything holds (0: none), and what breaks beyond it.
-
-    `most` is the whole rate of the mix: at a rate r it takes most/r instances, and dealing requests out in turn
-    among n divides the dispersion of each one's arrivals by n.
-    """
-
-    def judge(rate: float) -> str:
-        dispersion = workload.dispersion / max(1.0, math.floor(most / rate))
-        return meets(instance, instance.state(rate, mix), mix, objectives, dispersion)
-
-    low = 1e-4
-    if judge(low):
-        return 0.0, ""
-    high, broken = low, ""
-    while high < most:
-        high = min(high * 8, most)
-        broken = judge(high)
-        if broken:
-            break
-        low = high
-    if not broken:
-        return low, "the whole load"
-    for _ in range(_HALVINGS):
-        middle = math.sqrt(low * high)
-        verdict = judge(middle)
-        if verdict:
-            high, broken = middle, verdict
-        else:
-            low = middle
-    return low, broken
+def _cached(bucket: Bucket) -> np.ndarray:
+    return np.zeros(bucket.input.shape) if bucket.cached is None else bucket.cached
 
 
-def _why_never(instance: Instance, mix: Mix, objectives: Objectives) -> tuple[str, str, float]:
-    """Reason, metric and best possible value of a layout that misses a limit even when idle."""
-    s = instance.state(1e-4, mix)
-    if not s.feasible:
-        return s.reason, "memory", math.nan
-    for name, limit in objectives.ttft.items() if instance.role != "decode" else ():
-        best = instance.ttft_quantile(percentile(name), s, mix)
-        if best > limit:
-            return (
-                f"TTFT {name} is {best * 1e3:,.0f} ms without any load (limit {limit * 1e3:,.0f} ms)",
-                f"ttft.{name}",
-                best,
-            )
-    for name, limit in objectives.tpot.items():
-        best = instance.tpot_quantile(percentile(name), s, mix)
-        if best > limit:
-            return (
-                f"TPOT {name} is {best * 1e3:,.1f} ms without any load (limit {limit * 1e3:,.1f} ms)",
-                f"tpot.{name}",
-                best,
-            )
-    return "misses an objective", "", math.nan
+def serving_instance(built: tuple[Estimator, StepClock], layout: Layout, mix: Mix) -> Instance:
+    """What answers for a layout's percentiles."""
+    e, clock = built
+    room = kv_tokens(e, mix.context)
+    if isinstance(clock, SplitClock):
+        # It answers to the same calls as an Instance.
+        return cast(Instance, SplitInstance(Sides(e, mix.context, layout.prefill_share), room))
+    kind = WholeInstance if isinstance(clock, WholeClock) else Instance
+    return kind(clock, layout.role, room, exposed_per_token(e, clock, mix) if layout.role == "decode" else 0.0)
 
 
-def _column(
-    layout: Layout, offer: Offer, chosen: tuple[int, ...], instance: Instance, e: Estimator, mix: Mix, rate: float,
-    limited: str, buckets: list[Bucket],
-) -> Column:  # fmt: skip
+def _column(layout: Layout, offer: Offer, case: Case, rate: float, limited: str) -> Column:
+    instance, e, buckets, chosen = case.instance, case.estimator, case.buckets, case.chosen
+    mix = case.mix(rate)
     s = instance.state(rate, mix)
     prefill = np.full(len(buckets), math.inf)
     decode, held, moved = prefill.copy(), prefill.copy(), np.zeros(len(buckets))
     per_token = memory.kv_bytes_per_token(e.model, e.formats)
-    for k in chosen:
+    works = s.work if layout.role != "decode" else np.zeros_like(mix.input)
+    ends = np.cumsum([buckets[k].input.size for k in chosen])[:-1]
+    for k, work in zip(chosen, np.split(works, ends), strict=True):
         b = buckets[k]
-        work = (
-            instance.clock.prefill_work(b.input, s.batch, s.batch * mix.context)
-            if layout.role != "decode" else np.zeros_like(b.input)
-        )  # fmt: skip
         decoding = (b.output - 1) * s.step if layout.role != "prefill" else np.zeros_like(b.input)
         prefill[k], decode[k] = work.mean(), decoding.mean()
         held[k] = float(np.mean((work + decoding) * (b.input + b.output / 2)))
@@ -341,7 +305,7 @@ def _column(
     natural = rate * shares / shares.sum()
     s = replace(s, utilisation=float(natural @ prefill[list(chosen)]), batch=float(natural @ decode[list(chosen)]))
     return Column(
-        layout, offer, chosen, instance, e, mix, s, limited, prefill, decode, held, mean_held, moved,
+        layout, offer, chosen, case, e, mix, s, limited, prefill, decode, held, mean_held, moved,
         instance_power(e, layout.role, s, mix),
     )  # fmt: skip
 

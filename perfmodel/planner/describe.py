@@ -1,74 +1,189 @@
-"""A plan as plain data and as text."""
+"""A plan as plain data."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from perfmodel.catalog import load_model
+from perfmodel.planner import quality
+from perfmodel.planner.cells import Cell
 from perfmodel.planner.columns import Column
+from perfmodel.planner.constraints.uptime import enough
+from perfmodel.planner.deploy import deployment
 from perfmodel.planner.explain import Alternative
-from perfmodel.planner.verify import Pool, promised, replayed_percentile
+from perfmodel.planner.offer import Offer
+from perfmodel.planner.pools import Pool, promised
+from perfmodel.planner.program import UNITS, nodes_bought
+from perfmodel.planner.verify import replayed_percentile
 from perfmodel.spec.plan import PlanFile
 
 if TYPE_CHECKING:
-    from perfmodel.planner.run import Plan, PlanRun
+    from perfmodel.planner.run import Plan
 
 
 def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
     """JSON-able description in base units, prices per hour as their keys say."""
-    objectives = {"ttft": spec.workload.objectives.ttft, "tpot": spec.workload.objectives.tpot}
-    checks = []
-    for metric, limits in objectives.items():
-        for name in dict.fromkeys(("p50", *limits, "p95")):
-            share = float(name[1:]) / 100
-            checks.append({
-                "metric": metric, "percentile": name, "limit_s": limits.get(name),
-                "promised_s": promised(p.pools, metric, share, p.workload.dispersion),
-                "replayed_s": replayed_percentile(p.replayed, metric, share),
-            })  # fmt: skip
-    hourly = sum((o.price or 0.0) * 3600 * n for o, n in zip(p.offers, p.nodes, strict=True))
-    priced = all(o.price is not None for o, n in zip(p.offers, p.nodes, strict=True) if n)
-    return {
+    services = [service(c) for c in p.peak]
+    checks = services[0]["percentiles"]
+    hourly = spend(p)
+    found = {
         "model": spec.model,
         "engine": spec.choices.engine,
         "objective": spec.objective,
-        "objective_value": p.solution.objective,
+        "unit": UNITS[spec.objective],
+        "objective_value": abs(p.solution.objective),
         "status": p.solution.status,
-        "bound": p.solution.bound,
+        "bound": abs(p.solution.bound),
         "gap": p.solution.gap,
         "optimal_over": (
-            f"{len(p.columns)} columns kept of {len(p.found.columns)} from {len(p.found.layouts)} layouts, "
-            "and the model's own times"
+            f"{len(p.columns)} columns kept of {sum(len(c.service.columns) for c in p.cells)} from "
+            f"{sum(len(c.service.layouts) for c in p.cells)} layouts, and the model's own times"
         ),
-        "cost_usd_per_hour": hourly if priced else None,
-        "usd_per_million_output_tokens": _per_million(p, hourly) if priced else None,
+        "confidence": spec.confidence,
+        "cost_usd_per_hour": hourly,
+        "usd_per_million_output_tokens": _per_million(p, hourly) if hourly is not None else None,
         "devices": sum(o.devices * n for o, n in zip(p.offers, p.nodes, strict=True)),
         "devices_busy": sum(x.devices for x in p.pools),
         "power_w": power(p),
-        "nodes": [
-            {"node": o.node.name, "count": n, "devices": o.devices * n, "price_usd_per_hour": _hourly(o.price),
-             "price_source": o.price_source, "max_nodes": o.max_nodes}
-            for o, n in zip(p.offers, p.nodes, strict=True) if n
-        ],
-        "pools": [_pool(x) for x in p.pools],
+        "nodes": _nodes(p),
+        "pools": [x for s in services for x in s["pools"]],
         "percentiles": checks,
         "promised": {
-            metric: {c["percentile"]: c["promised_s"] for c in checks if c["metric"] == metric} for metric in objectives
+            metric: {c["percentile"]: c["promised_s"] for c in checks if c["metric"] == metric} for metric in ("ttft", "tpot")
         },
         "warnings": p.warnings,
-        "workload": {
-            "described": p.workload.described, "rate_per_s": p.workload.rate, "load": p.workload.load,
-            "dispersion": p.workload.dispersion,
-            "buckets": [
-                {"input_tokens": [b.low, b.high], "share": b.share, "rate_per_s": p.workload.rate * b.share,
-                 "mean_output": float(b.output.mean())} for b in p.buckets
-            ],
-        },
+        "lossy": lossy_in_use(p),
+        "workload": services[0]["workload"],
         "binding": p.binding,
         "alternatives": [_other(a) for a in p.alternatives],
-        "rejected": [{"layout": r.layout.label, "reason": r.reason} for r in p.found.rejected],
+        "rejected": [{"layout": r.layout.label, "reason": r.reason} for c in p.peak for r in c.service.rejected],
         "rounds": p.rounds,
         "solver": {"name": p.solution.solver, "seconds": p.solution.seconds, "plan_seconds": p.seconds},
+        "what_if": p.what_if,
+        "deployment": deployment(p.peak[0], p.fleet.choices),
     }  # fmt: skip
+    if "theta" in p.values:
+        found["served_multiple"] = p.values["theta"]
+    if len(p.peak) > 1:
+        found["services"] = [s | {"deployment": deployment(c, p.fleet.choices)} for s, c in zip(services, p.peak, strict=True)]
+    if len(p.fleet.levels) > 1:
+        found["periods"] = _periods(p)
+        found["lag_s"] = p.fleet.lag
+    if spec.resilience is not None and spec.resilience.availability is not None:
+        found["uptime"] = _uptime(p)
+    return found
+
+
+def service(cell: Cell) -> dict[str, Any]:
+    """One service at its highest load: pools, percentiles and workload. TTFT is at the client, its site's round trip included."""
+    s, w = cell.service, cell.service.workload
+    checks = []
+    for metric in ("ttft", "tpot"):
+        limits = getattr(s.objectives, metric)
+        for name in dict.fromkeys(("p50", *limits, "p95")):
+            share = float(name[1:]) / 100
+            checks.append({
+                "metric": metric, "percentile": name, "limit_s": limits.get(name), "promised_s": _promised(cell, metric, share),
+                "replayed_s": _replayed(cell, metric, share),
+            })  # fmt: skip
+    return {
+        "name": s.name, "model": s.model, "pools": [_pool(x) | {"service": s.name} for x in cell.pools], "percentiles": checks,
+        "workload": {
+            "described": w.described, "rate_per_s": w.rate, "load": w.load, "dispersion": w.dispersion,
+            "buckets": [
+                {"input_tokens": [b.low, b.high], "share": b.share, "rate_per_s": w.rate * b.share,
+                 "mean_output": float(b.output.mean())} for b in s.buckets
+            ],
+        },
+    }  # fmt: skip
+
+
+def _sites(cell: Cell) -> dict[str, float]:
+    """Round trip of every region in use; the percentile told is that of the worst one."""
+    return {x.column.offer.region: x.column.offer.site.rtt for x in cell.pools}
+
+
+def _promised(cell: Cell, metric: str, share: float) -> float:
+    found = []
+    for region, rtt in _sites(cell).items():
+        mine = [x for x in cell.pools if x.column.offer.region == region]
+        far = rtt if metric == "ttft" else 0.0
+        found.append(promised(mine, metric, share, cell.service.workload.dispersion) + far)
+    return max(found, default=0.0)
+
+
+def _replayed(cell: Cell, metric: str, share: float) -> float:
+    found = []
+    for region, rtt in _sites(cell).items():
+        mine = [x for x in cell.replayed if x.pool.column.offer.region == region]
+        found.append(replayed_percentile(mine, metric, share) + (rtt if metric == "ttft" else 0.0))
+    return max(found, default=0.0)
+
+
+def spend(p: Plan) -> float | None:
+    """USD/h over all periods and tariffs, electricity where a region charges it; None where a price is missing."""
+    total = 0.0
+    for t, offer in enumerate(p.offers):
+        for period, share in enumerate(p.question.shares):
+            bought = nodes_bought(p.question, p.values, t, period)
+            for n, tariff in zip(bought, offer.paid, strict=True):
+                if n and tariff.price is None:
+                    return None
+                total += share * n * (tariff.price or 0.0) * 3600
+            if offer.site.electricity is not None:
+                cells = [c for c in p.cells if c.service.period == period]
+                total += share * offer.site.electricity * 3600 * (_watts(offer, sum(bought), cells) or 0.0)
+    return total
+
+
+def _nodes(p: Plan) -> list[dict[str, Any]]:
+    rows = []
+    for t, offer in enumerate(p.offers):
+        for n, tariff in zip(nodes_bought(p.question, p.values, t, 0), offer.paid, strict=True):
+            if n:
+                rows.append({
+                    "node": offer.node.name, "count": n, "devices": offer.devices * n,
+                    "price_usd_per_hour": _hourly(tariff.price), "price_source": tariff.source, "max_nodes": offer.max_nodes,
+                    "term": tariff.term, "region": offer.region,
+                })  # fmt: skip
+    return rows
+
+
+def _periods(p: Plan) -> list[dict[str, Any]]:
+    return [
+        {"multiple": level.multiple, "share_of_time": level.share,
+         "nodes": {o.label: sum(nodes_bought(p.question, p.values, t, i)) for t, o in enumerate(p.offers)}}
+        for i, level in enumerate(p.fleet.levels)
+    ]  # fmt: skip
+
+
+def _uptime(p: Plan) -> list[dict[str, Any]]:
+    """Of every node type that can fail: nodes needed, bought, and the probability that enough are up."""
+    rows = []
+    for t, offer in enumerate(p.offers):
+        bought = sum(nodes_bought(p.question, p.values, t, 0))
+        if bought and offer.up is not None:
+            needed = round(p.values.get(f"K_{t}_0", bought))
+            rows.append({
+                "node": offer.label, "needed": needed, "bought": bought, "up": offer.up,
+                "availability": enough(offer.up, needed, bought),
+            })  # fmt: skip
+    return rows
+
+
+def lossy_in_use(p: Plan) -> list[str]:
+    """Lossy formats that the plan runs."""
+    found = []
+    for c in p.cells:
+        model = load_model(c.service.model)
+        for x in c.pools:
+            name = x.column.layout.weight_dtype
+            if quality.weights(name, model) == "lossy":
+                found.append(f"{name} weights of {model.name}")
+        kv = p.fleet.choices.kv_dtype
+        if kv not in (None, "auto") and quality.cache(kv, model) == "lossy":
+            found.append(f"KV cache in {kv} of {model.name}")
+    return list(dict.fromkeys(found))
 
 
 def _hourly(price: float | None) -> float | None:
@@ -76,24 +191,33 @@ def _hourly(price: float | None) -> float | None:
 
 
 def _per_million(p: Plan, hourly: float) -> float:
-    tokens = p.workload.rate * 3600 * sum(b.share * float(b.output.mean()) for b in p.buckets)
-    return hourly / tokens * 1e6
+    tokens = sum(
+        p.question.shares[c.service.period] * c.service.workload.rate * 3600 * b.share * float(b.output.mean())
+        for c in p.cells for b in c.service.buckets
+    )  # fmt: skip
+    return hourly / (tokens * p.values.get("theta", 1.0)) * 1e6
 
 
 def power(p: Plan) -> float | None:
-    """Watts of the bought nodes at this load: overhead, busy instances, idle devices; None where a limit is unknown."""
+    """Watts of the bought nodes at the highest load, PUE included; None where a device's limit is unknown."""
     total = 0.0
     for offer, count in zip(p.offers, p.nodes, strict=True):
-        if not count:
-            continue
-        m = offer.machine
-        mine = [x for x in p.pools if x.column.offer is offer]
-        if not m.tdp or any(x.column.power_w is None for x in mine):
+        watts = _watts(offer, count, p.peak)
+        if watts is None:
             return None
-        idle = offer.devices * count - sum(x.devices for x in mine)
-        total += count * m.node_overhead_power + idle * m.tdp * float(m.law["power_idle"])
-        total += sum(x.replicas * (x.column.power_w or 0.0) for x in mine)
+        total += watts
     return total
+
+
+def _watts(offer: Offer, count: int, cells: list[Cell]) -> float | None:
+    """Watts of the nodes of an offer: at rest, and what running instances add."""
+    mine = [x for c in cells for x in c.pools if x.column.offer is offer]
+    if not count:
+        return 0.0
+    if offer.idle_power is None or any(x.column.power_w is None for x in mine):
+        return None
+    busy = sum(x.replicas * ((x.column.power_w or 0.0) - x.column.layout.devices * offer.idle_device) for x in mine)
+    return offer.site.pue * (count * offer.idle_power + busy)
 
 
 def _pool(x: Pool) -> dict[str, Any]:
@@ -118,71 +242,11 @@ def _formats(c: Column) -> str:
 
 def _other(a: Alternative) -> dict[str, Any]:
     """An alternative with its price, or why it has none."""
-    found: dict[str, Any] = {"name": a.name, "reason": a.reason, "objective": None, "pools": []}
+    found: dict[str, Any] = {"name": a.name, "reason": a.reason, "objective": None, "nodes": list(a.nodes), "pools": []}
     if a.solution is not None:
-        found["objective"] = a.solution.objective
+        found["objective"] = abs(a.solution.objective)
         for i, c in enumerate(a.columns):
             count = round(a.solution.values.get(f"n_{i}", 0.0))
             if count and any(a.solution.values.get(f"y_{i}_{k}", 0.0) > 1e-9 for k in c.buckets):
                 found["pools"].append({"layout": c.layout.label, "replicas": count})
     return found
-
-
-def text(run: PlanRun) -> str:
-    """Every plan of the run, one page each."""
-    return "\n\n".join(_page(run.spec, p) for p in run.plans)
-
-
-def _page(spec: PlanFile, p: Plan) -> str:
-    d = p.data
-    unit = {"cost": "USD/h", "devices": "devices", "energy": "W"}[spec.objective]
-    lines = [f"Load x{p.workload.load:g}: {p.workload.rate:.2f} requests/s  ({p.workload.described})", ""]
-    lines.append("  Buy    " + ", ".join(_node_line(n) for n in d["nodes"]))
-    lines += [_pool_line(d["model"], x) for x in d["pools"]]
-    lines += [_cost_line(d), "", f"  {'':12}{'limit':>10}{'closed form':>14}{'replayed':>12}"]
-    lines += [_percentile_line(c) for c in d["percentiles"]]
-    lines += [
-        "",
-        f"  Proof  {d['status']}: {d['objective_value']:,.2f} {unit}, bound {d['bound']:,.2f}, gap {d['gap']:.2%},",
-        f"         over {d['optimal_over']};",
-        f"         {len(d['rounds'])} round(s) of plan and replay, {d['solver']['plan_seconds']:.1f} s",
-    ]
-    lines += ["", "  Why", *(f"    {row['text']}" for row in d["binding"])]
-    lines += ["", "  Instead", *(f"    {a['name']}: {a['reason']}" for a in d["alternatives"])]
-    return "\n".join(lines)
-
-
-def _node_line(n: dict[str, Any]) -> str:
-    price = n["price_usd_per_hour"]
-    return f"{n['count']} x {n['node']}" + (f" at {price:.2f} USD/h" if price is not None else "")
-
-
-def _pool_line(model: str, x: dict[str, Any]) -> str:
-    more = "".join(f" {k}{x[k]}" for k in ("pp", "ep") if x[k] > 1)
-    low, high = x["input_tokens"]
-    load = []
-    if x["role"] != "prefill":
-        load.append(f"decode batch {x['batch']:.1f}")
-    if x["role"] != "decode":
-        load.append(f"prefill {x['prefill_utilisation']:.0%} of the time")
-    return (
-        f"  Run    {x['replicas']} x {x['role']} {model} ({x['weight_dtype']}) tp{x['tp']}{more} on {x['hardware']}:\n"
-        f"         {x['requests_per_s']:.2f} requests/s of {low:.0f}-{high:.0f} input tokens; {', '.join(load)}"
-    )
-
-
-def _cost_line(d: dict[str, Any]) -> str:
-    parts = ["no price known"]
-    if d["cost_usd_per_hour"] is not None:
-        per = d["usd_per_million_output_tokens"]
-        parts = [f"{d['cost_usd_per_hour']:,.2f} USD/h, {per:.2f} USD per million output tokens"]
-    parts.append(f"{d['devices']} devices ({d['devices_busy']} busy)")
-    if d["power_w"]:
-        parts.append(f"{d['power_w'] / 1e3:.1f} kW")
-    return "  Cost   " + "; ".join(parts)
-
-
-def _percentile_line(c: dict[str, Any]) -> str:
-    limit = f"{c['limit_s'] * 1e3:,.0f} ms" if c["limit_s"] is not None else "-"
-    name = f"{c['metric'].upper()} {c['percentile']}"
-    return f"  {name:12}{limit:>10}{c['promised_s'] * 1e3:>11,.0f} ms{c['replayed_s'] * 1e3:>9,.0f} ms"

@@ -2,75 +2,105 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import pulp
+
 from perfmodel.planner import constraints
-from perfmodel.planner.columns import Column, Enumerator, Layout, unserved
-from perfmodel.planner.infeasible import too_few_nodes
-from perfmodel.planner.offer import Offer
+from perfmodel.planner.cells import Cell, Fleet, ask
+from perfmodel.planner.columns import Column, unserved
+from perfmodel.planner.constraints.capacity import rooms
+from perfmodel.planner.constraints.nodes import most_instances
+from perfmodel.planner.infeasible import nearest_change
+from perfmodel.planner.layout import Layout
+from perfmodel.planner.optimum import Optimum, optimise, relaxation
+from perfmodel.planner.pools import Pool
+from perfmodel.planner.program import UNITS, Program, Question, nodes_bought
+from perfmodel.planner.service import Service
 from perfmodel.planner.solver import Solution, solve
-from perfmodel.planner.verify import Pool
-from perfmodel.serving.workload import Bucket
 
 _TIGHT = 0.01
-_UNIT = {"cost": "USD/h", "devices": "devices", "energy": "W"}
+_ROUGH = 5e-3
+"""Gap to which alternatives are solved."""
+_SECONDS = 4.0
+RUNNERS_UP = 3
+_NAMES = {"prefill": "prefill time", "decode": "decode batch", "cache": "cached tokens"}
 
 
-def binding(
-    columns: list[Column],
-    offers: list[Offer],
-    chosen: list[Pool],
-    values: dict[str, float],
-    rates: list[float],
-    buckets: list[Bucket],
-    objective: str,
-) -> list[dict[str, Any]]:
-    """Rows without slack in the chosen plan, and shadow prices of the relaxed program."""  # fmt: skip
-    program = constraints.build(columns, offers, rates, objective, relaxed=True)
-    relaxed = solve(program.problem)
-    unit = _UNIT[objective]
+def binding(question: Question, best: Optimum, values: dict[str, float], cells: list[Cell]) -> list[dict[str, Any]]:
+    """Rows without slack in the chosen plan, and shadow prices of the relaxed program."""
+    unit = UNITS[question.objective]
+    duals = solve(constraints.build(question, relaxed=True, linked=False).problem).duals
     rows: list[dict[str, Any]] = []
-    for k, rate in enumerate(rates):
-        price = relaxed.duals.get(f"serve_{k}", 0.0)
-        rows.append({
-            "constraint": f"serve {buckets[k].label}", "shadow_price": price, "unit": f"{unit} per request/s",
-            "text": f"{rate:.2f} requests/s of {buckets[k].label}: one more per second costs {price:.2f} {unit}",
-        })  # fmt: skip
-    for t, offer in enumerate(offers):
-        bought = round(values.get(f"N_{t}", 0.0))
-        if offer.max_nodes is not None and bought >= offer.max_nodes:
-            price = -relaxed.duals.get(f"available_{t}", 0.0)
+    for g, (demand, cell) in enumerate(zip(question.demands, cells, strict=True)):
+        of = f" of {demand.service}" if len({d.service for d in question.demands}) > 1 else ""
+        of += f" at x{cell.level.multiple:g}" if len(question.shares) > 1 else ""
+        for k, rate in enumerate(demand.rates):
+            # A period's rows are paid for its share of the time; the price is per request/s while it lasts.
+            price = duals.get(f"serve_{g}_{k}", 0.0)
+            label = f"{cell.service.buckets[k].label}{of}"
             rows.append({
-                "constraint": f"available {offer.node.name}", "shadow_price": price, "unit": f"{unit} per node",
-                "text": f"all {offer.max_nodes} {offer.node.name} are taken; one more would save {price:.2f} {unit}",
+                "constraint": f"serve {label}", "shadow_price": price, "unit": f"{unit} per request/s",
+                "text": f"{rate:.2f} requests/s of {label}: one more per second costs {price:.4g} {unit}",
             })  # fmt: skip
-    for pool in chosen:
-        rows += _pool_rows(pool)
+    rows += _limit_rows(best.program, values, duals, unit)
+    for domain in sorted({d for _, d in best.program.survived}):
+        mine = [best.program.entries[i].column.layout.label for i, d in sorted(best.program.survived) if d == domain]
+        rows.append({
+            "constraint": f"survive {domain}", "shadow_price": None, "unit": "",
+            "text": f"the loss of any one {domain} binds: without it {', '.join(dict.fromkeys(mine))} would be fewer",
+        })  # fmt: skip
+    for cell in cells:
+        for pool in cell.pools if cell.service.period == 0 else ():
+            rows += _pool_rows(pool)
+    return rows
+
+
+def _limit_rows(program: Program, values: dict[str, float], duals: dict[str, float], unit: str) -> list[dict[str, Any]]:
+    """Limits that the plan reaches, each with what one more unit would save in the relaxation."""
+    rows = []
+    by_name = {c.name: c for c in program.problem.constraints()}
+    for name, limit in program.limits.items():
+        row = by_name[name]
+        used = sum(factor * values.get(v.name, 0.0) for v, factor in row.items())
+        have = limit.limit if limit.row is None else limit.row
+        if used < have - _TIGHT * max(abs(limit.limit), 1e-9):
+            continue
+        price = -duals.get(name, 0.0)
+        kind = limit.label
+        text = (
+            f"all {limit.limit:g} {kind.removeprefix('max_nodes of ')} are taken; one more would save {price:.2f} {unit}"
+            if kind.startswith("max_nodes") else
+            f"{kind} is used up ({limit.limit:,.4g} {limit.unit}); one more would save {price:.4g} {unit}"
+        )  # fmt: skip
+        rows.append({
+            "constraint": kind.replace("max_nodes of", "available"), "shadow_price": price,
+            "unit": f"{unit} per {limit.unit.removesuffix('s')}", "text": text,
+        })  # fmt: skip
     return rows
 
 
 def _pool_rows(pool: Pool) -> list[dict[str, Any]]:
     c, n = pool.column, pool.replicas
-    finite = [k for k in c.buckets if pool.rates[k] > 0]
-    names = {
-        "prefill time": (sum(pool.rates[k] * c.prefill_s[k] for k in finite), c.state.utilisation * n),
-        "decode batch": (sum(pool.rates[k] * c.decode_s[k] for k in finite), c.state.batch * n),
-        "cached tokens": (sum(pool.rates[k] * c.kv_token_s[k] for k in finite), c.kv_limit * n),
-    }
+    served = [k for k in c.buckets if pool.rates[k] > 0]
+    used = {
+        _NAMES[name]: sum(pool.rates[k] * need[k] for k in served) / (room * n) for name, need, room in rooms(c) if room > 0
+    }  # fmt: skip
+    used = {name: u for name, u in used.items() if u > 0}
     rows = []
-    for name, (used, have) in names.items():
-        if have > 0 and used > 0 and used >= have * (1 - _TIGHT):
+    for name, share in used.items():
+        if share >= 1 - _TIGHT:
             rows.append({
                 "constraint": f"{name} of {c.layout.label}", "shadow_price": None, "unit": "",
-                "text": f"{c.layout.label}: {name} at the limit ({used / have:.0%}); its rate is limited by {c.limited_by}",
+                "text": f"{c.layout.label}: {name} at the limit ({share:.0%}); its rate is limited by {c.limited_by}",
             })  # fmt: skip
     if not rows:
-        spare = min((1 - used / have for used, have in names.values() if have > 0 and used > 0), default=0.0)
+        spare = 1 - max(used.values(), default=1.0)
         rows.append({
             "constraint": f"whole instances of {c.layout.label}", "shadow_price": None, "unit": "",
-            "text": f"{c.layout.label}: {spare:.0%} spare because instances and nodes are whole; "
+            "text": f"{c.layout.label}: {spare:.0%} spare because instances and nodes are whole, or a limit says so; "
                     f"its rate would be limited by {c.limited_by}",
         })  # fmt: skip
     return rows
@@ -84,57 +114,135 @@ class Alternative:
     solution: Solution | None
     columns: list[Column]
     reason: str
+    nodes: tuple[str, ...] = ()
 
 
-def alternatives(
-    found: Enumerator, offers: list[Offer], chosen: list[Pool], rates: list[float], objective: str, best: float
-) -> list[Alternative]:
-    """Each device type alone, each role mix, each format and each other layout of the winners, re-solved; and the runner-up."""
+def alternatives(fleet: Fleet, question: Question, best: Optimum, cells: list[Cell]) -> list[Alternative]:
+    """Each node type alone, each role mix, each format, each term and each other layout of the winners, re-solved."""
     options: list[tuple[str, Callable[[Layout], bool]]] = []
-    for offer in offers:
-        options.append((f"only {offer.node.name}", lambda x, o=offer: x.node == o.node.name))  # type: ignore[misc]
-    roles = {c.layout.role for c in found.columns.values()}
+    every = [c.layout for s in fleet.services for c in s.columns.values()]
+    for label in dict.fromkeys(o.label.removesuffix(" (spot)") for o in fleet.offers):
+        options.append((f"only {label}", lambda x, o=label: x.node.removesuffix(" (spot)") == o))  # type: ignore[misc]
+    roles = {x.role for x in every}
     if roles > {"colocated"}:
         options.append(("only colocated", lambda x: x.role == "colocated"))
         options.append(("only disaggregated", lambda x: x.role != "colocated"))
-    formats = sorted({c.layout.weight_dtype for c in found.columns.values()})
+    formats = sorted({x.weight_dtype for x in every})
     if len(formats) > 1:
         options += [(f"only {f} weights", lambda x, f=f: x.weight_dtype == f) for f in formats]  # type: ignore[misc]
-    winners = {(p.column.layout.node, p.column.layout.tp) for p in chosen}
-    nodes = {node for node, _ in winners}
-    for node, tp in sorted({(c.layout.node, c.layout.tp) for c in found.columns.values() if c.layout.node in nodes}):
+    pools = [p for c in cells for p in c.pools]
+    nodes = {p.column.layout.node for p in pools}
+    for node, tp in sorted({(x.node, x.tp) for x in every if x.node in nodes}):
         options.append((f"only {node} with tp{tp}", lambda x, n=node, t=tp: (x.node, x.tp) == (n, t)))  # type: ignore[misc]
-    used = {p.column.layout for p in chosen}
-    options.append(("without any layout of this plan (runner-up)", lambda x: x not in used))
-    return [_alternative(name, test, found, offers, chosen, rates, objective, best) for name, test in options]
+    used = {p.column.layout for p in pools}
+    options.append(("without any layout of this plan", lambda x: x not in used))
+    result = [_alternative(name, test, fleet, question, best, used) for name, test in options]
+    terms = dict.fromkeys(t.term for o in fleet.offers for t in o.paid)
+    if len(terms) > 1:
+        result += [_on_term(term, question, best) for term in terms]
+    return result
 
 
-def _alternative(name: str, test: Callable[[Layout], bool], found: Enumerator, offers: list[Offer], chosen: list[Pool],
-                 rates: list[float], objective: str, best: float) -> Alternative:  # fmt: skip
-    columns = found.select(lambda c: test(c.layout))
-    unit = _UNIT[objective]
-    if not columns:
-        return Alternative(name, None, [], _why_none(test, found, range(len(rates))))
-    program = constraints.build(columns, offers, rates, objective)
-    solution = solve(program.problem, time_limit=10.0, gap=5e-3)
-    if not solution.ok:
-        return Alternative(name, None, columns, _why_short(test, found, columns, offers, rates))
-    extra = solution.objective - best
-    if extra <= max(1e-6, 1e-4 * abs(best)):
-        same = (
-            "this is the chosen plan" if all(test(p.column.layout) for p in chosen) else "same, with more devices busy"
-        )
-        return Alternative(name, solution, columns, f"{solution.objective:,.2f} {unit}: {same}")
-    rate = sum(rates)
-    limits = sorted({c.limited_by for c in columns if round(solution.values.get(f"n_{columns.index(c)}", 0))})
+def _alternative(
+    name: str, test: Callable[[Layout], bool], fleet: Fleet, question: Question, best: Optimum, used: set[Layout]
+) -> Alternative:
+    asked = ask(fleet, lambda c: test(c.layout))
+    for service, demand in zip(fleet.services, asked.demands, strict=True):
+        missing = unserved(list(demand.columns), len(demand.rates))
+        if missing:
+            return Alternative(name, None, [], _why_none(test, service, missing))
+    found = optimise(asked, gap=_ROUGH, time_limit=_SECONDS)
+    if not found.solution.ok:
+        error = nearest_change(asked)
+        reason = f"{error.reason}; it would take {error.nearest}" if error.nearest else error.reason
+        return Alternative(name, None, [], reason)
+    return priced(name, asked, found, best, same=all(test(x) for x in used))
+
+
+def priced(name: str, asked: Question, found: Optimum, best: Optimum, *, same: bool = False) -> Alternative:
+    """An alternative with its price against the best."""
+    unit, rate = UNITS[asked.objective], asked.rate
+    value, against = found.solution.objective, best.solution.objective
+    extra = value - against
+    columns = [e.column for e in asked.entries]
+    bought = tuple(bought_text(asked, found.values))
+    if extra <= max(1e-6, 1e-4 * abs(against)):
+        what = "this is the chosen plan" if same else "as good, but for the devices it keeps busy"
+        return Alternative(name, found.solution, columns, f"{abs(value):,.2f} {unit}: {what}", bought)
+    limits = sorted({c.limited_by for i, c in enumerate(columns) if round(found.values.get(f"n_{i}", 0))})
     return Alternative(
-        name, solution, columns,
-        f"{solution.objective:,.2f} {unit}, {extra / max(best, 1e-9):+.0%}: "
-        f"{solution.objective / rate:,.2f} {unit} per request/s against {best / rate:,.2f}; limited by {', '.join(limits)}",
+        name, found.solution, columns,
+        f"{abs(value):,.2f} {unit}, {(abs(value) - abs(against)) / max(abs(against), 1e-9):+.0%}: "
+        f"{abs(value) / rate:,.2f} {unit} per request/s against {abs(against) / rate:,.2f}; limited by {', '.join(limits)}",
+        bought,
     )  # fmt: skip
 
 
-def _why_none(test: Callable[[Layout], bool], found: Enumerator, missing: Any) -> str:
+def bought_text(question: Question, values: dict[str, float]) -> list[str]:
+    """``17 x hgx-h100-8`` for every offer in the period of the highest load, terms named where there is a choice."""
+    parts = []
+    for t, offer in enumerate(question.offers):
+        for n, tariff in zip(nodes_bought(question, values, t, 0), offer.paid, strict=True):
+            if n:
+                how = f" ({tariff.term})" if len(offer.paid) > 1 else ""
+                parts.append(f"{n} x {offer.label}{how}")
+    return parts
+
+
+def _on_term(term: str, question: Question, best: Optimum) -> Alternative:
+    def forbid(program: Program) -> None:
+        for (t, m, p), v in program.nodes.items():
+            if question.offers[t].paid[m].term != term:
+                program.problem += v <= 0, f"not_{t}_{m}_{p}"
+
+    name = f"only {term}"
+    found = optimise(question, gap=_ROUGH, time_limit=_SECONDS, extra=forbid)
+    if not found.solution.ok:
+        return Alternative(name, None, [], "cannot serve: the limits leave too few nodes on this term alone")
+    return priced(name, question, found, best, same=True)
+
+
+def runners_up(fleet: Fleet, best: Optimum, cells: list[Cell]) -> list[Alternative]:
+    """The next best plans, each without at least one main layout of every plan before it (a tenth of its devices or more).
+
+    For a plan with main layouts S: sum over entries of layout l of n <= M x_l, sum over S of x_l <= |S| - 1, x_l in {0, 1}.
+    """
+    asked = ask(fleet, by_layout=True)
+    relaxed = relaxation(asked)
+    result: list[Alternative] = []
+    devices: dict[Layout, float] = {}
+    for pool in (p for c in cells for p in c.pools):
+        devices[pool.column.layout] = devices.get(pool.column.layout, 0.0) + pool.devices
+    earlier = [_main(devices)]
+    for place in range(1, RUNNERS_UP + 1):
+
+        def leave_one_out(program: Program, earlier: list[set[Layout]] = earlier) -> None:
+            for j, used in enumerate(earlier):
+                marks = {x: program.problem.add_variable(f"x_{j}_{a}", 0, 1, program.integer) for a, x in enumerate(used)}
+                for i in program.keep:
+                    if (x := marks.get(program.entries[i].column.layout)) is not None:
+                        program.problem += program.n[i] <= 4 * most_instances(program, i) * x, f"used_{j}_{i}"
+                program.problem += pulp.lpSum(marks.values()) <= len(used) - 1, f"leave_{j}"
+
+        found = optimise(asked, gap=_ROUGH, time_limit=_SECONDS, extra=leave_one_out, relaxed=relaxed)
+        if not found.solution.ok:
+            break
+        devices = {}
+        for i, e in enumerate(asked.entries):
+            used = round(found.values.get(f"n_{i}", 0.0)) * e.column.layout.devices
+            devices[e.column.layout] = devices.get(e.column.layout, 0.0) + used
+        earlier = [*earlier, _main(devices)]
+        shown = sorted(x.label for x in earlier[-1])
+        name = f"runner-up {place}: {', '.join(bought_text(asked, found.values))}, mainly {', '.join(shown)}"
+        result.append(priced(name, asked, found, best))
+    return result
+
+
+def _main(devices: dict[Layout, float]) -> set[Layout]:
+    return {x for x, n in devices.items() if n >= 0.1 * sum(devices.values()) and n > 0}
+
+
+def _why_none(test: Callable[[Layout], bool], found: Service, missing: Iterable[int]) -> str:
     """Why none of the layouts that pass a test serves some buckets: the one that comes nearest."""
     refused = [r for r in found.rejected if test(r.layout) and (not r.buckets or set(r.buckets) & set(missing))]
     timed = [r for r in refused if r.best == r.best]
@@ -145,14 +253,3 @@ def _why_none(test: Callable[[Layout], bool], found: Enumerator, missing: Any) -
         return f"cannot serve: at best {nearest.layout.label}, {nearest.reason} for {low:.0f}-{high:.0f} input tokens"
     reasons = dict.fromkeys(f"{r.layout.label} {r.reason}" for r in refused)
     return "cannot serve: " + (next(reversed(reasons), "no layout of this kind was enumerated"))
-
-
-def _why_short(
-    test: Callable[[Layout], bool], found: Enumerator, columns: list[Column], offers: list[Offer], rates: list[float]
-) -> str:
-    """Which buckets nobody serves, or which nodes run out and how many it would take."""
-    missing = unserved(columns, len(rates))
-    if missing:
-        return _why_none(test, found, missing)
-    error = too_few_nodes(columns, offers, rates, "devices")
-    return f"{error.reason}; it would take {error.nearest}" if error.nearest else error.reason

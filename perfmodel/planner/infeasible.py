@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
 
 from perfmodel.errors import Infeasible
-from perfmodel.planner import constraints
-from perfmodel.planner.columns import Column, Enumerator
-from perfmodel.planner.offer import Offer
-from perfmodel.planner.solver import solve
+from perfmodel.planner.optimum import optimise
+from perfmodel.planner.program import Program, Question
+from perfmodel.planner.service import Service
+
+_MARGIN = 1e-6
 
 
-def no_column(found: Enumerator) -> Infeasible:
+def no_column(found: Service) -> Infeasible:
     """No layout meets the objectives even without load, or none holds the model."""
+    of = f" of {found.name}" if found.name != found.model else ""
     timed = [r for r in found.rejected if r.best == r.best]
     if not timed:
         kept = {r.layout.node: r for r in found.rejected}
         listed = "; ".join(f"{r.layout.label} {r.reason}" for r in kept.values())
         return Infeasible(
-            f"no layout on the fleet list holds the model: {listed}",
+            f"no layout on the fleet list holds the model{of}: {listed}",
             nearest="devices with more memory, a narrower weight format, or a larger tp or pp",
             binding=("memory",),
         )
@@ -28,31 +30,69 @@ def no_column(found: Enumerator) -> Infeasible:
         best = min((r for r in timed if r.metric == metric), key=lambda r: r.best)
         name, p = metric.split(".")
         parts.append(f"{name.upper()} {p}: {best.layout.label}, {best.reason}")
-        changes.append(f"{name.upper()} {p} of {best.best * 1.05 * 1e3:,.0f} ms ({best.layout.label})")
+        far = min((o.site.rtt for o in found.offers if o.label == best.layout.node), default=0.0) if name == "ttft" else 0.0
+        slower = found.slower.get(best.layout.node, 1.0)
+        changes.append(f"{name.upper()} {p} of {(best.best * slower * 1.05 + far) * 1e3:,.0f} ms ({best.layout.label})")
     return Infeasible(
-        "no layout meets the objectives, the best being " + "; ".join(parts),
+        f"no layout meets the objectives{of}, the best being " + "; ".join(parts),
         nearest=" and ".join(changes),
         binding=tuple(metrics),
     )
 
 
-def too_few_nodes(chosen: list[Column], fleet: list[Offer], rates: list[float], objective: str) -> Infeasible:
-    """The listed nodes run out: how many it would take, or which share of the load they carry."""
-    unlimited = [replace(o, max_nodes=None) for o in fleet]
-    by_name = {o.node.name: o for o in unlimited}
-    columns = [replace(c, offer=by_name[c.offer.node.name]) for c in chosen]
-    program = constraints.build(columns, unlimited, rates, objective)
-    solution = solve(program.problem, time_limit=10.0, gap=1e-2)
-    limits = ", ".join(f"{o.max_nodes} {o.node.name}" for o in fleet if o.max_nodes is not None)
-    if not solution.ok:
-        return Infeasible("no mixture of the columns carries the load", binding=("load",))
-    wanted = [
-        f"{round(solution.values[f'N_{t}'])} {o.node.name} (max_nodes {o.max_nodes})"
-        for t, o in enumerate(fleet)
-        if o.max_nodes is not None and solution.values[f"N_{t}"] > o.max_nodes + 0.5
-    ]
+def nearest_change(question: Question) -> Infeasible:
+    """Which limits stand in the way, and the smallest change (relative to each limit, summed) that makes a plan possible."""
+    changed, program = _least_excess(question)
+    load = f"{question.rate:.2f} requests/s"
+    if changed is None:
+        return Infeasible(f"no mixture of the columns carries {load}", nearest="another device type or region", binding=("load",))
+    rows = [(program.limits[name], extra) for name, extra in changed.items()]
+    # Rows of several periods tell the same story: the largest counts.
+    largest: dict[str, tuple[float, float, str]] = {}
+    for row, extra in rows:
+        if row.label not in largest or extra > largest[row.label][0]:
+            largest[row.label] = (extra, row.limit, row.unit)
+    limits = ", ".join(
+        f"{row.limit:g} {row.label.removeprefix('max_nodes of ')}" if row.label.startswith("max_nodes")
+        else f"{row.label} {row.limit:,.4g} {row.unit}" for row in {r.label: r for r in program.limits.values()}.values()
+    )  # fmt: skip
+    changes = [f"{label} of {_up(limit + extra, unit)} (now {limit:,.4g})" for label, (extra, limit, unit) in largest.items()]
     return Infeasible(
-        f"{sum(rates):.2f} requests/s do not fit on {limits}",
-        nearest=f"{' and '.join(wanted)}",
-        binding=tuple(f"available {o.node.name}" for o in fleet if o.max_nodes is not None),
+        f"{load} do not fit within {limits}" + _survival(question),
+        nearest=" and ".join(changes) or None,
+        binding=tuple(
+            f"available {label.removeprefix('max_nodes of ')}" if label.startswith("max_nodes") else label for label in largest
+        ),
     )
+
+
+def _survival(question: Question) -> str:
+    r = question.resilience
+    if r is None:
+        return ""
+    parts = [f"with any one {d} lost" for d in r.survive]
+    parts += [f"with {r.availability:.4%} availability"] if r.availability else []
+    return ", " + " and ".join(parts)
+
+
+def _up(value: float, unit: str) -> str:
+    if unit in ("nodes", "devices"):
+        return f"{math.ceil(value - _MARGIN)} {unit}"
+    if unit == "of the requests":
+        return f"{math.ceil((value - _MARGIN) * 100) / 100:.2f} {unit}"
+    digits = max(0, 3 - math.ceil(math.log10(max(value, 1e-9))))
+    step = 10.0**-digits
+    return f"{math.ceil(value / step - _MARGIN) * step:,.{digits}f} {unit}"
+
+
+def _least_excess(question: Question) -> tuple[dict[str, float] | None, Program]:
+    """Excess over each limit of the plan that exceeds them least; None where even without limits there is no plan."""
+    best = optimise(question, gap=1e-2, time_limit=15.0, elastic=True)
+    if not best.solution.ok:
+        return None, best.program
+    found = {}
+    for name, variable in best.program.excess.items():
+        extra = best.solution.values.get(variable.name, 0.0) * best.program.limits[name].step
+        if extra > _MARGIN:
+            found[name] = extra
+    return found, best.program

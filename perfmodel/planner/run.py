@@ -11,17 +11,25 @@ from typing import Any
 
 from perfmodel import catalog
 from perfmodel.errors import Infeasible
-from perfmodel.planner import constraints, describe, infeasible
-from perfmodel.planner.columns import Column, Enumerator, Layout, unserved
-from perfmodel.planner.explain import Alternative, alternatives, binding
+from perfmodel.planner import describe, page
+from perfmodel.planner.cells import Cell, Fleet, ask, check, fleet_of
+from perfmodel.planner.checks import check_plan, check_power
+from perfmodel.planner.columns import Column
+from perfmodel.planner.explain import Alternative, alternatives, binding, runners_up
+from perfmodel.planner.infeasible import nearest_change, no_column
 from perfmodel.planner.offer import Offer, offers
-from perfmodel.planner.solver import Solution, solve
-from perfmodel.planner.verify import Pool, Replayed, broken, pools, replay
-from perfmodel.serving.workload import Bucket, Workload, buckets, build
+from perfmodel.planner.optimum import Optimum, fewest_instances, optimise
+from perfmodel.planner.pools import Pool
+from perfmodel.planner.program import Question, nodes_bought
+from perfmodel.planner.quality import allowed, check_quality
+from perfmodel.planner.service import Service
+from perfmodel.planner.solver import Solution
+from perfmodel.planner.verify import Replayed
+from perfmodel.planner.what_if import what_if
+from perfmodel.serving.workload import Bucket, Workload
 from perfmodel.spec import yaml
 from perfmodel.spec.plan import PlanFile
 
-BUCKETS = 4
 _ROUNDS = 10
 _TIGHTER = 0.93
 
@@ -34,22 +42,64 @@ class LicenceWarning(UserWarning):
 class Plan:
     """The plan for one load factor, with everything it was made from."""
 
-    workload: Workload
-    buckets: list[Bucket]
-    found: Enumerator
-    columns: list[Column]
-    """Those the integer program chose from."""
-    offers: list[Offer]
-    solution: Solution
-    pools: list[Pool]
-    nodes: list[int]
-    replayed: list[Replayed]
+    fleet: Fleet
+    question: Question
+    best: Optimum
+    values: dict[str, float]
+    """Of the solution with the fewest busy devices."""
+    cells: list[Cell]
     rounds: list[dict[str, Any]]
     binding: list[dict[str, Any]]
     alternatives: list[Alternative]
+    what_if: dict[str, Any]
     seconds: float
     warnings: list[str] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def peak(self) -> list[Cell]:
+        """Every service in the period of the highest load."""
+        return [c for c in self.cells if c.service.period == 0]
+
+    @property
+    def found(self) -> Service:
+        """The first service at its highest load."""
+        return self.peak[0].service
+
+    @property
+    def workload(self) -> Workload:
+        return self.found.workload
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return self.found.buckets
+
+    @property
+    def offers(self) -> list[Offer]:
+        return self.fleet.offers
+
+    @property
+    def columns(self) -> list[Column]:
+        """Those the integer program chose from."""
+        return [e.column for e in self.question.entries]
+
+    @property
+    def solution(self) -> Solution:
+        return self.best.solution
+
+    @property
+    def pools(self) -> list[Pool]:
+        """Pools of every service at the highest load."""
+        return [p for c in self.peak for p in c.pools]
+
+    @property
+    def replayed(self) -> list[Replayed]:
+        return [r for c in self.peak for r in c.replayed]
+
+    @property
+    def nodes(self) -> list[int]:
+        """Nodes of each offer at the highest load."""
+        return [sum(nodes_bought(self.question, self.values, t, 0)) for t in range(len(self.offers))]
 
 
 @dataclass
@@ -68,103 +118,87 @@ class PlanRun:
 
     def text(self) -> str:
         """The plan as a page for a terminal."""
-        return describe.text(self)
+        return page.text(self)
 
 
-def plan(path: str | Path, *, objective: str | None = None, progress: Callable[[str], None] | None = None) -> PlanRun:
-    """Plan the fleet a plan file asks for. Raises SpecError for bad input and Infeasible with the nearest change."""
+def plan(
+    path: str | Path, *, objective: str | None = None, confidence: float | None = None, explain: bool = True,
+    progress: Callable[[str], None] | None = None,
+) -> PlanRun:  # fmt: skip
+    """Plan the fleet a plan file asks for. Raises SpecError for bad input and Infeasible with the nearest change.
+
+    objective, confidence: instead of the file's. explain: also say what other prices, limits and choices would cost, which
+    takes longer than the plan itself.
+    """
     document = yaml.read(path)
+    changes = {k: v for k, v in (("objective", objective), ("confidence", confidence)) if v is not None}
+    if changes and isinstance(document.data, dict):
+        document = yaml.Document({**document.data, **changes}, document.file, document.lines)
     spec = yaml.validate(document, PlanFile)
-    if objective is not None:
-        spec = yaml.validate(
-            yaml.Document({**document.data, "objective": objective}, document.file, document.lines), PlanFile
-        )
-    catalog.load_model(spec.model)
+    for service in spec.served:
+        catalog.load_model(service.model)
+    check_plan(spec, document)
+    check_quality(spec, document)
     lines = {i: document.line(("fleet", i)) for i in range(len(spec.fleet))}
-    fleet = offers(spec.fleet, spec.objective, document.file, lines)
-    cache: dict[Layout, Any] = {}
+    priced = spec.limits.budget is not None
+    listed = offers(spec.fleet, spec.objective, document.file, lines, spec.regions, priced=priced)
+    check_power(spec, listed, document)
+    built: dict[str, Any] = {}
     plans = []
     for load in spec.workload.load:
         if progress:
-            progress(f"planning for load x{load:g}")
-        plans.append(_plan_one(spec, Path(path).parent, load, fleet, cache))
-    return PlanRun(spec, str(path), plans)
+            progress(f"planning load x{load:g}")
+        plans.append(_one(spec, Path(path).parent, load, listed, built, explain))
+    return PlanRun(spec, document.file, plans)
 
 
-def _plan_one(spec: PlanFile, base: Path, load: float, fleet: list[Offer], cache: dict[Layout, Any]) -> Plan:
+def _one(spec: PlanFile, base: Path, load: float, listed: list[Offer], built: dict[str, Any], explain: bool) -> Plan:
     start = time.perf_counter()
-    workload = build(spec.workload, base, load, spec.seed)
-    groups = buckets(workload, BUCKETS)
-    rates = [workload.rate * b.share for b in groups]
+    fleet = fleet_of(spec, base, load, listed, built, allowed(spec))
     rounds: list[dict[str, Any]] = []
-    goals = spec.workload.objectives
-    found = Enumerator(spec.model, fleet, spec.choices, goals, workload, groups, cache)
     for attempt in range(_ROUNDS):
-        columns = found.select()
-        solution, values = _solve(found, columns, fleet, rates, spec.objective)
-        chosen = pools(columns, values, groups, goals, workload.dispersion)
-        results = replay(chosen, workload, groups, spec.seed)
-        misses = broken(results, goals)
-        misses += [(p.column, f"closed form: {p.state.reason}") for p in chosen if not p.state.feasible]
+        question = ask(fleet)
+        best = _solve(fleet, question)
+        values = fewest_instances(best)
+        cells, misses = check(fleet, question, values)
         rounds.append({
-            "round": attempt + 1, "objective": solution.objective, "bound": solution.bound,
-            "missed": sorted({f"{c.layout.label}: {what}" for c, what in misses}),
+            "round": attempt + 1, "objective": abs(best.solution.objective), "bound": abs(best.solution.bound),
+            "missed": sorted({f"{c.layout.label}: {what}" for _, c, what in misses}),
         })  # fmt: skip
         if not misses:
             break
-        for column in {id(c): c for c, _ in misses}.values():
-            found.tighten(column, _TIGHTER)
+        for service, column in {(id(s), id(c)): (s, c) for s, c, _ in misses}.values():
+            service.tighten(column, _TIGHTER)
     else:
         raise Infeasible(
             f"after {_ROUNDS} rounds the replay still misses {', '.join(rounds[-1]['missed'])}",
             nearest="a looser percentile limit or another device type",
             binding=tuple(rounds[-1]["missed"]),
         )
-    used_nodes = [round(values.get(f"N_{t}", 0.0)) for t in range(len(fleet))]
-    others = alternatives(found, fleet, chosen, rates, spec.objective, solution.objective)
-    rows = binding(columns, fleet, chosen, values, rates, groups, spec.objective)
-    result = Plan(
-        workload, groups, found, columns, fleet, solution, chosen, used_nodes, results, rounds, rows, others,
-        time.perf_counter() - start,
-    )  # fmt: skip
-    restricted = {p.column.offer.node.name for p in chosen if not p.column.offer.machine.device.datacenter_licence}
-    result.warnings = [f"{name}: the GeForce driver licence excludes datacentre use" for name in sorted(restricted)]
-    for text in result.warnings:
-        warnings.warn(text, LicenceWarning, 2)
+    others = alternatives(fleet, question, best, cells)
+    others += runners_up(fleet, best, cells) if explain else []
+    extra = what_if(fleet, question, best) if explain else {}
+    result = Plan(fleet, question, best, values, cells, rounds, binding(question, best, values, cells), others, extra, 0.0)
+    result.warnings = _warnings(result)
+    result.seconds = time.perf_counter() - start
     result.data = describe.data(spec, result)
     return result
 
 
-def _solve(
-    found: Enumerator, columns: list[Column], fleet: list[Offer], rates: list[float], objective: str
-) -> tuple[Solution, dict[str, float]]:
-    """The integer optimum, then among plans with the same nodes the one with the fewest busy devices."""
-    if unserved(columns, len(rates)):
-        raise infeasible.no_column(found)
-    program = constraints.build(columns, fleet, rates, objective)
-    solution = solve(program.problem)
-    if not solution.ok:
-        raise infeasible.too_few_nodes(columns, fleet, rates, objective)
-    return solution, _fewest_instances(columns, fleet, rates, objective, solution)
+def _solve(fleet: Fleet, question: Question) -> Optimum:
+    unserved = [c for c in fleet.services if c.unserved()]
+    if unserved:
+        raise no_column(unserved[0])
+    best = optimise(question)
+    if not best.solution.ok:
+        raise nearest_change(question)
+    return best
 
 
-def _fewest_instances(
-    columns: list[Column], fleet: list[Offer], rates: list[float], objective: str, best: Solution
-) -> dict[str, float]:
-    used = [c for c, column in enumerate(columns) if round(best.values[f"N_{fleet.index(column.offer)}"])]
-    program = constraints.build([columns[c] for c in used], fleet, rates, objective)
-    p = program.problem
-    for t, node in enumerate(program.nodes):
-        p += node <= round(best.values[f"N_{t}"]), f"bought_{t}"
-    if objective == "energy":
-        p += program.cost <= best.objective * (1 + 1e-6), "same_power"
-    p.setObjective(sum(constraints.footprint(c) * v for c, v in zip(program.columns, program.n, strict=True)))
-    second = solve(p, gap=1e-3, time_limit=10.0)
-    if not second.ok:
-        return best.values
-    values = {f"N_{t}": best.values[f"N_{t}"] for t in range(len(fleet))}
-    for i, c in enumerate(used):
-        values[f"n_{c}"] = second.values.get(f"n_{i}", 0.0)
-        for k in columns[c].buckets:
-            values[f"y_{c}_{k}"] = second.values.get(f"y_{i}_{k}", 0.0)
-    return values
+def _warnings(p: Plan) -> list[str]:
+    used = [x.column.offer for c in p.cells for x in c.pools]
+    restricted = sorted({o.node.name for o in used if not o.machine.device.datacenter_licence})
+    texts = [f"{name}: the GeForce driver licence excludes datacentre use" for name in restricted]
+    for text in texts:
+        warnings.warn(text, LicenceWarning, 3)
+    return texts

@@ -10,8 +10,14 @@ from typing import Any
 
 import pulp
 
+from perfmodel.errors import SpecError
+
 TIME_LIMIT_S = 30.0
 GAP = 1e-4
+
+
+class MissingSolver(SpecError, pulp.PulpSolverError):
+    """A solver was asked for that is not installed."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +31,12 @@ class Solution:
     values: dict[str, float] = field(default_factory=dict)
     duals: dict[str, float] = field(default_factory=dict)
     slacks: dict[str, float] = field(default_factory=dict)
+    reduced: dict[str, float] = field(default_factory=dict)
+    """Reduced costs of a continuous problem: what the objective gains per unit if a variable is forced up."""
     seconds: float = 0.0
     solver: str = "HiGHS"
+    note: str = ""
+    """What the bound rests on beside the solver's own."""
 
     @property
     def ok(self) -> bool:
@@ -62,13 +72,14 @@ def solve(
         {v.name: float(v.value() or 0.0) for v in problem.variables()},
         {c.name: float(c.pi) for c in problem.constraints() if c.pi is not None},
         {c.name: float(c.slack) for c in problem.constraints() if c.slack is not None},
+        {v.name: float(v.dj) for v in problem.variables() if v.dj is not None},
         seconds,
         name,
     )
 
 
 def cbc(time_limit: float = TIME_LIMIT_S, gap: float = GAP) -> pulp.LpSolver:
-    """The CBC on the path, or the one bundled with PuLP 3; raises PulpSolverError when there is none."""
+    """The CBC on the path, or the one bundled with PuLP 3; raises MissingSolver when there is none."""
     with warnings.catch_warnings():
         # PuLP 3 deprecates its bundled CBC, PuLP 4 no longer has it.
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -76,7 +87,7 @@ def cbc(time_limit: float = TIME_LIMIT_S, gap: float = GAP) -> pulp.LpSolver:
             candidate = kind(msg=False, timeLimit=time_limit, gapRel=gap) if kind is not None else None
             if candidate is not None and candidate.available():
                 return candidate
-    raise pulp.PulpSolverError("no CBC solver is installed")
+    raise MissingSolver("no CBC solver is installed; the default, HiGHS, comes with perfmodel")
 
 
 def _outcome(problem: pulp.LpProblem, stats: Any) -> tuple[bool, float | None]:
@@ -91,4 +102,6 @@ def _outcome(problem: pulp.LpProblem, stats: Any) -> tuple[bool, float | None]:
     whole = any(v.cat == pulp.LpInteger for v in problem.variables())
     if not (found and whole) or model is None or not hasattr(model, "getInfo"):
         return found, None
-    return found, float(model.getInfo().mip_dual_bound)
+    # PuLP 3 hands HiGHS a minimisation, and keeps the constant of the objective to itself.
+    sign = -1.0 if problem.sense == pulp.LpMaximize else 1.0
+    return found, sign * float(model.getInfo().mip_dual_bound) + float(problem.objective.constant)

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from perfmodel import breakdown
-from perfmodel.planner.columns import Layout, bucket_mix, handoff_seconds, kv_tokens, percentile
+from perfmodel.planner.columns import Layout, bucket_mix, percentile
 from perfmodel.planner.constraints import footprint
+from perfmodel.planner.pools import Pool, promised
 from perfmodel.planner.run import Plan
-from perfmodel.planner.verify import Pool, Replayed, promised
+from perfmodel.planner.transfer import exposed_per_token
+from perfmodel.planner.verify import Replayed
 from perfmodel.schedule import operators
+from perfmodel.serving.clock import kv_tokens
 from perfmodel.serving.queueing import Instance, Mix, State
 from perfmodel.spec.workload import Objectives
 
@@ -176,7 +179,7 @@ def curves(p: Plan, goals: Objectives, objective: str) -> list[Curve]:
         if isinstance(built, str):
             continue
         e, clock = built
-        handoff = handoff_seconds(e) if layout.role == "decode" else 0.0
+        handoff = exposed_per_token(e, clock, mix) if layout.role == "decode" else 0.0
         instance = Instance(clock, layout.role, kv_tokens(e, mix.context), handoff)
         points = []
         for s in _states(instance, mix):

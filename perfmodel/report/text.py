@@ -8,10 +8,10 @@ import re
 from datetime import date
 
 from perfmodel import units
-from perfmodel.planner.verify import Pool
+from perfmodel.planner.pools import Pool
 
 METRICS = {"ttft": "TTFT", "tpot": "TPOT"}
-OBJECTIVE_UNITS = {"cost": "USD/h", "devices": "devices", "energy": "W"}
+OBJECTIVE_UNITS = {"cost": "USD/h", "devices": "devices", "power": "W"}
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 

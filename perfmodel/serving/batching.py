@@ -10,6 +10,7 @@ import numpy as np
 from perfmodel import calibration, memory
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
+from perfmodel.serving import goodput
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, State
 
@@ -40,7 +41,7 @@ def serving_summary(
     assert rate is not None
     state = instance.state(rate, mix)
     if not state.feasible:
-        most = highest_rate(instance, mix)
+        most = goodput.highest_rate(instance, mix)
         raise Infeasible(
             f"{rate:.3g} requests/s: {state.reason}", nearest=f"--rate {most:.3g}", binding=(state.reason,)
         )
@@ -51,16 +52,35 @@ def serving_summary(
     }  # fmt: skip
     if closed:
         # Clients in a loop wait for each other, not for a random arrival stream: means, no percentiles.
-        result |= {"ttft_s": {"mean": _mean_ttft(instance, state, mix)}, "tpot_s": {"mean": state.step}}
-    else:
-        result["ttft_s"] = {f"p{p * 100:g}": instance.ttft_quantile(p, state, mix) for p in _PERCENTILES}
-        result["tpot_s"] = {f"p{p * 100:g}": instance.tpot_quantile(p, state, mix) for p in _PERCENTILES}
+        return result | {"ttft_s": {"mean": _mean_ttft(instance, state, mix)}, "tpot_s": {"mean": state.step}}
+    outside = instance.refused(state, mix)
+    result["closed_form"] = f"outside its range: {outside}" if outside else "valid"
+    quantiles = {
+        "ttft_s": instance.ttft_quantile,
+        "tpot_s": instance.tpot_quantile,
+        "itl_s": lambda p, s, m: goodput.itl_quantile(instance, p, s, m),
+        "longest_gap_s": lambda p, s, m: goodput.longest_gap_quantile(instance, p, s, m),
+    }
+    for name, quantile in quantiles.items():
+        result[name] = {f"p{p * 100:g}": quantile(p, state, mix) for p in _PERCENTILES}
+    return result | (_against(instance, state, mix, goodput.Goals(ttft, tpot)) if ttft or tpot else {})
+
+
+def _against(instance: Instance, state: State, mix: Mix, goals: goodput.Goals) -> dict[str, Any]:
+    """Shares that meet the limits, and what they make of the rate."""
     shares = {}
-    if ttft is not None and not closed:
-        shares["ttft"] = instance.ttft_met(ttft, state, mix)
-    if tpot is not None and not closed:
-        shares["tpot"] = instance.tpot_met(tpot, state, mix)
-    return result | ({"met_share": shares} if shares else {})
+    if goals.ttft is not None:
+        shares["ttft"] = instance.ttft_met(goals.ttft, state, mix)
+    if goals.tpot is not None:
+        shares["tpot"] = instance.tpot_met(goals.tpot, state, mix)
+    both = goodput.attainment(instance, state, mix, goals)
+    most = goodput.capacity(instance, mix, goals)
+    devices = int(instance.clock.estimator.par.devices)
+    return {
+        "met_share": shares, "attainment": both, "goodput_per_s": state.rate * both,
+        "goodput_per_s_per_device": state.rate * both / devices,
+        "capacity_per_s": most, "capacity_per_s_per_device": most / devices,
+    }  # fmt: skip
 
 
 def _fixed_shape(e: Estimator, isl: int, osl: int) -> tuple[Mix, Instance]:
@@ -89,7 +109,9 @@ def closed_loop_step(model: str, hardware: str, isl: int, osl: int, concurrency:
 
 
 def _mean_ttft(instance: Instance, s: State, mix: Mix) -> float:
-    return instance.mean_wait(s, mix) + mix.mean(instance.own(s))
+    """Own steps, half a running one, and the mean wait of M/G/1 (Pollaczek and Khinchine)."""
+    wait = s.rate * mix.mean(s.work**2) / (2 * (1 - s.utilisation))
+    return wait + s.pure_step * 0.5 * min(s.batch, 1.0) + mix.mean(instance.own(s, mix))
 
 
 def _residence(instance: Instance, s: State, mix: Mix) -> float:
@@ -97,21 +119,11 @@ def _residence(instance: Instance, s: State, mix: Mix) -> float:
     return _mean_ttft(instance, s, mix) + mix.mean(mix.steps) * s.step
 
 
-@lru_cache(maxsize=1024)
-def highest_rate(instance: Instance, mix: Mix) -> float:
-    """Highest feasible rate, by bisection on the logarithm."""
-    low, high = 1e-6, 1e6
-    for _ in range(36):
-        middle = float(np.sqrt(low * high))
-        low, high = (middle, high) if instance.state(middle, mix).feasible else (low, middle)
-    return low
-
-
 def _closed_loop_rate(instance: Instance, mix: Mix, concurrency: float) -> float:
     """Rate at which `concurrency` requests are in flight; what does not fit in memory waits outside."""
     alone = concurrency / _residence(instance, instance.state(1e-9, mix), mix)
     # Requests stay longest when they are most, so the rate without company is an upper limit.
-    low, high = 0.0, min(alone, highest_rate(instance, mix))
+    low, high = 0.0, min(alone, goodput.highest_rate(instance, mix))
     for _ in range(22):
         middle = (low + high) / 2
         s = instance.state(middle, mix)

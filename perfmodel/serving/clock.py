@@ -12,7 +12,7 @@ from bisect import bisect_right
 
 import numpy as np
 
-from perfmodel import roofline
+from perfmodel import memory, roofline
 from perfmodel.estimator import Estimator
 from perfmodel.graph import Phase
 from perfmodel.ops.shard import Group
@@ -26,8 +26,10 @@ class StepClock:
         engine = estimator.engine
         self._host_base = float(estimator.host_seconds(0))
         self._host_each = float(estimator.host_seconds(1)) - self._host_base
-        self.chunk = engine.chunk_tokens
-        self.max_batch = engine.max_sequences
+        # Each data-parallel rank schedules for itself; the tables are those of ranks that have equal shares.
+        self.ranks = int(estimator.par.dp)
+        self.chunk = engine.chunk_tokens * self.ranks
+        self.max_batch = engine.max_sequences * self.ranks
         b = np.arange(1, self.max_batch + 1, dtype=float)
         # decode() with one attended token has almost no attention: token-wise part, host and fixed latencies.
         low, high = max(16.0, context / 2), max(64.0, context * 2)
@@ -36,12 +38,15 @@ class StepClock:
         self._slope = np.concatenate([[0.0], (at_high - at_low) / (b * (high - low))])
         self._decode = np.concatenate([[0.0], at_low - self._slope[1:] * b * low])
         self._tokens = np.unique(np.geomspace(1, 2 * self.chunk + self.max_batch, 160).round())
-        self._tokenwise = self._evaluate(self._tokens, 0.0, contextual=False) + self._launch_floor(self._tokens)
+        of_rank = np.maximum(self._tokens / self.ranks, 1.0)
+        self._tokenwise = self._evaluate(of_rank, 0.0, contextual=False) + self._launch_floor(of_rank)
         self._grid_q = np.unique(np.geomspace(1, 2 * self.chunk, 24).round())
         self._grid_c = np.concatenate([[0.0], np.geomspace(256, max(65536.0, 4 * context), 9)])
         q, c = np.meshgrid(self._grid_q, self._grid_c, indexing="ij")
-        self._attention = self._evaluate(q.ravel(), c.ravel(), contextual=True).reshape(q.shape)
+        self._attention = self._evaluate(q.ravel(), c.ravel(), contextual=True).reshape(q.shape) / self.ranks
         self._floor = float(self._attention[0, 0])
+        self._q_list, self._c_list = self._grid_q.tolist(), self._grid_c.tolist()
+        self._attention_list = self._attention.tolist()
         self._token_list = self._tokens.tolist()
         self._wise_list = self._tokenwise.tolist()
         self.decode_base = self._decode.tolist()
@@ -87,8 +92,13 @@ class StepClock:
         return y0 + (y1 - y0) * (tokens - x0) / (x1 - x0)
 
     def attention(self, q: float, c: float) -> float:
-        """Prefill attention of one chunk beyond its fixed latency."""
-        return float(self.attention_array(np.array([q]), np.array([c]))[0])
+        """Prefill attention of one chunk beyond its fixed latency: `attention_array` of one, without its overhead."""
+        i = min(max(bisect_right(self._q_list, q) - 1, 0), len(self._q_list) - 2)
+        j = min(max(bisect_right(self._c_list, c) - 1, 0), len(self._c_list) - 2)
+        u = (q - self._q_list[i]) / (self._q_list[i + 1] - self._q_list[i])
+        v = (c - self._c_list[j]) / (self._c_list[j + 1] - self._c_list[j])
+        a, b = self._attention_list[i], self._attention_list[i + 1]
+        return (a[j] * (1 - u) + b[j] * u) * (1 - v) + (a[j + 1] * (1 - u) + b[j + 1] * u) * v - self._floor
 
     def attention_array(self, q: np.ndarray, c: np.ndarray) -> np.ndarray:
         """Bilinear look-up over (new tokens, cached tokens), fixed latency left out."""
@@ -110,25 +120,33 @@ class StepClock:
         seconds += sum(self.attention(q, c) for q, c in chunks)
         return seconds + (self.decode_slope[batch] * total_context if batch else 0.0)
 
-    def prefill_work(self, inputs: np.ndarray, batch: float, total_context: float) -> np.ndarray:
+    def prefill_work(
+        self, inputs: np.ndarray, batch: float, total_context: float, cached: np.ndarray | float = 0.0
+    ) -> np.ndarray:
         """Seconds that prefilling each input adds to steps which already decode `batch` sequences.
 
-        Long inputs take several chunks; each chunk's step would otherwise have been a decode step (batch > 0).
+        Long inputs take several chunks; each chunk's step would otherwise have been a decode step, as far as one runs.
+        `cached` tokens of the input are in the prefix cache: they are attended, not computed.
         """
         work = np.zeros(inputs.shape)
-        done = np.zeros(inputs.shape)
-        alone = batch < 1
-        saved = self.decode(batch, total_context) - self._attention_share(batch, total_context)
+        done = np.zeros(inputs.shape) + cached
+        saved = (self.decode(batch, total_context) - self._attention_share(batch, total_context)) * min(batch, 1.0)
         room = max(self.chunk - batch, 1.0)
         while np.any(done < inputs):
             q = np.minimum(inputs - done, room)
             live = q > 0
             tokens = np.where(live, q, 1.0)
             wise = np.interp(batch + tokens, self._tokens, self._tokenwise) + self._floor + self.host(batch + 1)
-            cost = wise + self.attention_array(tokens, done) - (0.0 if alone else saved)
+            cost = wise + self.attention_array(tokens, done) - saved
             work += np.where(live, np.maximum(cost, 1e-6), 0.0)
             done += np.maximum(q, 0.0)
         return work
 
     def _attention_share(self, batch: float, total_context: float) -> float:
         return self.decode_slope[min(max(int(batch), 0), self.max_batch)] * total_context
+
+
+def kv_tokens(e: Estimator, context: float) -> float:
+    """Cached tokens an instance holds over its data-parallel ranks, at a typical context (windows and states included)."""
+    per_token = float(memory.cache_bytes(e.model, e.par, e.formats, 1, context, e.engine.block_tokens)) / context
+    return e.kv_free / per_token * float(e.par.dp)

@@ -1,9 +1,9 @@
 """Percentiles of TTFT and TPOT under load, in closed form.
 
-Prefill work queues for the device as in M/G/1; decoding sequences share its steps. With prefill utilisation
-u = rate E[S], a decode step lasts tau(b)/(1 - u) on average, the batch b follows from Little's law, and a request's
-TPOT varies with the prefill work that happens to arrive while it decodes (a compound Poisson sum). The forms are
-checked against the event simulation in the tests.
+Prefill takes a share u = rate E[S] of the time, so a decode step lasts tau(b)/(1 - u) on average and the batch b follows from
+Little's law. How long a request waits for the running step and for those it shares its own step with is the stationary law
+of the step cycle (cycle.py); its TPOT is the decode step at the batch it sees plus what prefills add while it decodes.
+docs/serving.md holds both against the event simulation and states where they are valid.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from perfmodel.serving.clock import StepClock
+from perfmodel.serving.latency import Law, law
 
 _MOST_BUSY = 0.98
 _SPARE_SIGMAS = 2.0  # cached bytes may exceed their mean by this many standard deviations
+_MOST_DISPERSED = 20.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,6 +29,8 @@ class Mix:
     input: np.ndarray
     output: np.ndarray
     weight: np.ndarray
+    cached: np.ndarray | None = None
+    """Tokens of the input that the prefix cache holds: attended, not computed. None: none."""
 
     def mean(self, values: np.ndarray) -> float:
         return float(np.dot(self.weight, values))
@@ -37,15 +41,37 @@ class Mix:
         return self.output - 1
 
     @property
+    def new(self) -> np.ndarray:
+        """Tokens of each input that must be computed."""
+        return self.input if self.cached is None else self.input - self.cached
+
+    @property
+    def contexts(self) -> np.ndarray:
+        """Mean context of each request while it decodes."""
+        return self.input + (self.output + 1) / 2
+
+    @property
     def context(self) -> float:
         """Mean context of a decoding sequence, over its steps."""
         total = self.mean(self.steps)
         if total == 0:
             return self.mean(self.input)
-        return self.mean(self.steps * (self.input + (self.output + 1) / 2)) / total
+        return self.mean(self.steps * self.contexts) / total
+
+    @staticmethod
+    def of(input_: np.ndarray, output: np.ndarray, points: int = 600) -> Mix:
+        """A mix of at most about `points` points that keeps the means: requests of like input and output are averaged."""
+        rows = max(int(math.sqrt(6 * points)), 1)
+        order = np.argsort(input_, kind="stable")
+        cells = [
+            cell for row in np.array_split(order, min(rows, order.size))
+            for cell in np.array_split(row[np.argsort(output[row], kind="stable")], max(points // rows, 1)) if cell.size
+        ]  # fmt: skip
+        means = np.array([[input_[c].mean(), output[c].mean(), c.size / order.size] for c in cells])
+        return Mix(means[:, 0].copy(), means[:, 1].copy(), means[:, 2].copy())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class State:
     """Steady state of one instance at a request rate. `feasible` is False beyond saturation or memory."""
 
@@ -77,13 +103,20 @@ class Instance:
     handoff: float = 0.0
     """Seconds per input token to move the cache to a decode instance (0: colocated)."""
 
+    def work(self, mix: Mix, batch: float) -> np.ndarray:
+        """Prefill seconds of each request beside `batch` decoding sequences."""
+        context = batch * mix.context
+        if mix.cached is None:
+            return self.clock.prefill_work(mix.input, batch, context)
+        return self.clock.prefill_work(mix.input, batch, context, mix.cached)
+
     def state(self, rate: float, mix: Mix) -> State:
         """Steady state at `rate` requests per second. Little's law is solved by bisection on the batch."""
         context = mix.context
         tau = lambda b: self.clock.decode(b, b * context)  # noqa: E731
         none = np.zeros(mix.input.shape)
         if self.role == "prefill":
-            work = self.clock.prefill_work(mix.input, 0.0, 0.0)
+            work = self.work(mix, 0.0)
             u = rate * mix.mean(work)
             held = self._held(rate, mix, work, np.zeros_like(work))
             return self._judge(rate, u, 0.0, 0.0, 0.0, work, held)
@@ -93,7 +126,7 @@ class Instance:
         # The work a prefill adds depends weakly on the batch it joins: two rounds settle it.
         for _ in range(3):
             if self.role == "colocated":
-                work = self.clock.prefill_work(mix.input, batch, batch * context)
+                work = self.work(mix, batch)
                 u = rate * mix.mean(work)
             if u >= _MOST_BUSY:
                 return self._judge(rate, u, math.inf, math.inf, math.inf, work, math.inf)
@@ -137,57 +170,73 @@ class Instance:
             reason = "KV cache exceeds memory"
         return State(not reason and math.isfinite(longest), reason, rate, u, batch, step, pure, work, held)
 
-    def ttft_met(self, limit: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
-        """Share of requests whose first token comes within `limit` seconds.
+    def law(self, s: State, mix: Mix, dispersion: float = 1.0) -> Law:
+        """What the percentiles of a state follow from."""
+        return law(self, s, mix, dispersion)
 
-        Wait: zero with probability 1 - u, else exponential with the Pollaczek-Khinchine mean, corrected for bursts
-        by (ca2 + cs2)/(1 + cs2) (Allen-Cunneen); then half a running step, then the request's own steps.
-        """
-        left = limit - self.own(s)
-        if s.utilisation <= 0:
-            return mix.mean((left >= 0).astype(float))
-        wait = self.mean_wait(s, mix, dispersion)
-        tail = np.where(left < 0, 1.0, s.utilisation * np.exp(-s.utilisation * np.maximum(left, 0) / max(wait, 1e-12)))
-        return mix.mean(1 - tail)
-
-    def mean_wait(self, s: State, mix: Mix, dispersion: float = 1.0) -> float:
-        """Mean seconds a prefill waits for others."""
-        first, second = mix.mean(s.work), mix.mean(s.work**2)
-        spread = max(second / first**2 - 1, 0.0)
-        burst = (dispersion + spread) / (1 + spread)
-        return s.rate * second / (2 * (1 - s.utilisation)) * burst
-
-    def own(self, s: State) -> np.ndarray:
-        """Seconds from being next in line to the first token [request of the mix]."""
+    def own(self, s: State, mix: Mix | None = None) -> np.ndarray:
+        """Seconds of each request's own prefill steps, the decoding they carry along included."""
         if self.role == "decode":
             return np.zeros_like(s.work)
-        # Half a running step, if one runs, then its own steps: `work` beyond the decode steps that they carry along,
-        # or all of it where hardly anything decodes.
-        return s.work + s.pure_step * (0.5 * min(s.batch, 1.0) + (s.batch >= 1))
+        chunks = np.ones_like(s.work) if mix is None else self.chunks(s.batch, mix)
+        return s.work + s.pure_step * min(s.batch, 1.0) * chunks
 
-    def tpot_met(self, limit: float, s: State, mix: Mix) -> float:
-        """Share of requests (with two tokens or more) whose TPOT is within `limit` seconds.
+    def chunks(self, batch: float, mix: Mix) -> np.ndarray:
+        """Steps that each prompt takes."""
+        return np.maximum(np.ceil(mix.new / max(self.clock.chunk - batch, 1.0)), 1.0)
 
-        A request exposed to arrivals for D seconds meets prefill work with mean u D and variance rate E[S^2] D; the batch
-        it sees varies like a Poisson count. Both enter a gamma law matched in mean and variance.
-        """
-        counted = mix.steps > 0
-        if self.role == "prefill" or not np.any(counted):
+    def refused(self, s: State, mix: Mix, dispersion: float = 1.0) -> str:
+        """Why these forms do not hold at a state (replay decides there); empty where they do."""
+        if not s.feasible:
+            return s.reason
+        if dispersion > _MOST_DISPERSED:
+            return f"arrivals of dispersion {dispersion:.3g}: beyond {_MOST_DISPERSED:g} bursts decide, not their variance"
+        found = self.law(s, mix, dispersion)
+        if found.busy > _MOST_BUSY - 0.03:
+            return "prefill is within 5 % of saturation"
+        if found.kv > 1:
+            return "bursts fill the cache: requests wait for memory or are preempted"
+        if found.crowded > self.clock.max_batch:
+            return "bursts fill the batch: requests wait for a slot"
+        return ""
+
+    def ttft_met(self, limit: float | np.ndarray, s: State, mix: Mix, dispersion: float = 1.0) -> float:
+        """Share of requests whose first token comes within `limit` seconds (one, or one per request of the mix)."""
+        return mix.mean(self.ttft_shares(limit, s, mix, dispersion))
+
+    def ttft_shares(self, limit: float | np.ndarray, s: State, mix: Mix, dispersion: float = 1.0) -> np.ndarray:
+        """P(first token within `limit` seconds) of each request of the mix."""
+        limits = np.broadcast_to(np.asarray(limit, float), mix.input.shape)
+        if self.role == "decode":
+            return (limits >= 0).astype(float)
+        if s.utilisation >= 1 or math.isinf(s.batch):
+            return np.zeros(mix.input.shape)
+        waiting = self.law(s, mix, dispersion).waiting
+        assert waiting is not None
+        return waiting.within(limits)
+
+    def mean_ttft(self, s: State, mix: Mix, dispersion: float = 1.0) -> float:
+        """Mean seconds to the first token."""
+        waiting = self.law(s, mix, dispersion).waiting
+        return 0.0 if waiting is None else waiting.mean
+
+    def tpot_met(self, limit: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
+        """Share of requests (with two tokens or more) whose TPOT is within `limit` seconds."""
+        weight = mix.weight * (mix.steps > 0)
+        if self.role == "prefill" or not weight.any():
             return 1.0
-        steps = np.maximum(mix.steps, 1)
-        decoding = steps * s.step
-        moved = self.handoff * mix.input / steps
-        # What arrived during the request's own prefill step is served right after it, while it already decodes.
-        exposed = decoding + s.work + s.pure_step * (s.utilisation > 0)
-        slope = self._slope(s.batch, mix.context)
-        variance = s.rate * mix.mean(s.work**2) * exposed / steps**2 + max(slope, 0.0) ** 2 * s.batch
-        mean = s.utilisation * exposed / steps
-        room = limit - s.pure_step - moved
-        met = _gamma_cdf(room, mean, variance)
-        weight = mix.weight * counted
-        return float(np.dot(weight, met) / weight.sum())
+        return float(np.dot(weight, self.tpot_shares(limit, s, mix, dispersion)) / weight.sum())
 
-    def _slope(self, batch: float, context: float) -> float:
+    def tpot_shares(self, limit: float, s: State, mix: Mix, dispersion: float = 1.0) -> np.ndarray:
+        """P(TPOT within `limit` seconds) of each request of the mix; 1 where there is only one token."""
+        if self.role == "prefill":
+            return np.ones(mix.input.shape)
+        if s.utilisation >= 1 or math.isinf(s.batch):
+            return (mix.steps <= 0).astype(float)
+        met = self.law(s, mix, dispersion).decoding.within(limit)
+        return np.where(mix.steps > 0, met, 1.0)
+
+    def slope(self, batch: float, context: float) -> float:
         """Seconds one more sequence adds to a step, over a fifth of the batch so that no tile's edge stands for all."""
         if batch < 1:
             return 0.0
@@ -197,42 +246,18 @@ class Instance:
 
     def ttft_quantile(self, p: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
         """Seconds within which a share p of requests have their first token."""
-        return _invert(lambda t: self.ttft_met(t, s, mix, dispersion), p, float(np.max(self.own(s))) + 1e-3)
+        if self.role == "decode":
+            return 0.0
+        return invert(lambda t: self.ttft_met(t, s, mix, dispersion), p, self.mean_ttft(s, mix, dispersion))
 
-    def tpot_quantile(self, p: float, s: State, mix: Mix) -> float:
+    def tpot_quantile(self, p: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
         """Seconds within which a share p of requests have their TPOT."""
         if self.role == "prefill" or not np.any(mix.steps > 0):
             return 0.0
-        return _invert(lambda t: self.tpot_met(t, s, mix), p, s.step + self.handoff * float(np.max(mix.input)))
+        return invert(lambda t: self.tpot_met(t, s, mix, dispersion), p, s.step + self.handoff * float(np.max(mix.input)))
 
 
-def _gamma_cdf(x: np.ndarray, mean: np.ndarray, variance: np.ndarray) -> np.ndarray:
-    """P(Gamma <= x) by the Wilson-Hilferty cube-root normal approximation (PNAS 17, 1931)."""
-    x, mean, variance = np.broadcast_arrays(x, mean, variance)
-    certain = (variance <= 1e-18) | (mean <= 1e-12)
-    shape = np.where(certain, 1.0, mean**2 / np.maximum(variance, 1e-18))
-    ratio = np.where(certain, 1.0, np.maximum(x, 0.0) / np.where(mean > 0, mean, 1.0))
-    z = (np.cbrt(ratio) - (1 - 1 / (9 * shape))) * 3 * np.sqrt(shape)
-    normal = 0.5 * (1 + _erf(z / math.sqrt(2)))
-    # With few expected interruptions the law has an atom at zero, which the normal form misses.
-    normal = np.where(shape < 0.2, np.maximum(normal, 1 - np.minimum(shape * 3, 1.0)), normal)
-    spread = np.sqrt(np.maximum(variance, 0.0))
-    sure = np.where(
-        variance <= 1e-18,
-        (x >= mean).astype(float),
-        0.5 * (1 + _erf((x - mean) / np.maximum(spread, 1e-12) / math.sqrt(2))),
-    )
-    return np.where(x < 0, 0.0, np.where(certain, sure, normal))
-
-
-def _erf(x: np.ndarray) -> np.ndarray:
-    """Error function to 1.5e-7 (Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26)."""
-    t = 1 / (1 + 0.3275911 * np.abs(x))
-    poly = t * (0.254829592 + t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429))))
-    return np.sign(x) * (1 - poly * np.exp(-x * x))
-
-
-def _invert(share: Callable[[float], float], p: float, start: float) -> float:
+def invert(share: Callable[[float], float], p: float, start: float) -> float:
     """Smallest t with share(t) >= p, by doubling and bisection."""
     low, high = 0.0, max(start, 1e-6)
     for _ in range(60):
@@ -241,7 +266,7 @@ def _invert(share: Callable[[float], float], p: float, start: float) -> float:
         low, high = high, high * 2
     else:
         return math.inf
-    for _ in range(50):
+    for _ in range(28):
         mid = (low + high) / 2
         low, high = (low, mid) if share(mid) >= p else (mid, high)
     return high

@@ -46,6 +46,8 @@ class Requests:
     """Seconds between the answer to the session's previous turn and this request; nan for a request that arrives by the clock."""
     labels: dict[str, np.ndarray] = field(default_factory=dict)
     """Further columns a router sees on arrival: `tenant`, `model`, `max_tokens`."""
+    tick: float = 0.0
+    """Seconds of the coarse clock that arrivals were logged by; 0: a fine one."""
 
     def __len__(self) -> int:
         return int(self.arrival.size)
@@ -57,7 +59,7 @@ class Requests:
         return Requests(
             self.arrival[index], self.input[index], self.output[index],
             None if self.blocks is None else self.blocks.take(index), pick(self.session), pick(self.think),
-            {name: values[index] for name, values in self.labels.items()},
+            {name: values[index] for name, values in self.labels.items()}, self.tick,
         )  # fmt: skip
 
     def at(self, arrival: np.ndarray) -> Requests:
@@ -83,4 +85,4 @@ class Requests:
         if first.think is not None:
             think = np.concatenate([p.think for p in parts if p.think is not None])
         labels = {name: np.concatenate([p.labels[name] for p in parts]) for name in first.labels}
-        return Requests(arrival, input_, output, blocks, session, think, labels).at(arrival)
+        return Requests(arrival, input_, output, blocks, session, think, labels, max(p.tick for p in parts)).at(arrival)

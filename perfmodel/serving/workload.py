@@ -1,23 +1,29 @@
-"""Requests: read from a trace, cut to the window that matters, grouped into buckets of similar input length."""
+"""The workload to plan for: requests of the window that matters, at the rate asked for, in buckets a router can tell apart."""
 
 from __future__ import annotations
 
-import csv
-import gzip
-import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, Any
 
 import numpy as np
 
-from perfmodel.errors import SpecError, did_you_mean
+from perfmodel.errors import SpecError
+from perfmodel.serving import arrivals, prefix, sharing, synthesis
+from perfmodel.serving.buckets import Bucket, bucket_of, buckets, representatives
 from perfmodel.serving.requests import Requests
-from perfmodel.spec.workload import Trace
+from perfmodel.serving.trace import read_trace
+from perfmodel.spec import yaml
+from perfmodel.spec.fitted import FittedWorkload
+from perfmodel.spec.workload import RateSpec
 from perfmodel.spec.workload import Workload as WorkloadSpec
 
-_SAMPLES = 600
+__all__ = ["Bucket", "Workload", "bucket_of", "buckets", "build", "read_fitted", "read_trace"]
+
+_SAMPLES = 900
+_HISTORY_S = 1800.0  # before the window: 98 % of Mooncake's turns come within it of the turn before
+_FIXED = 2000  # requests where lengths are fixed
+_TICKS = 4  # of a coarse clock: the shortest window whose counts owe little to where its ticks fall
+_EVERYTHING = 1e18  # tokens: a cache that evicts nothing
 
 
 @dataclass(frozen=True)
@@ -26,200 +32,167 @@ class Workload:
 
     requests: Requests
     rate: float
-    """Requests per second, load factor included."""
+    """Requests per second, load factor and headroom included."""
     span: float
     """Seconds the requests cover."""
     dispersion: float
-    """Squared coefficient of variation of inter-arrival times (1: Poisson)."""
+    """Squared coefficient of variation of inter-arrival times (1: Poisson), as scaled. Where a coarse clock's ticks were spread
+    it is the index of dispersion over four ticks: the gaps inside a tick are made, not logged."""
     load: float = 1.0
     described: str = ""
+    before: Requests | None = None
+    """Where prompts share blocks: what came before the window (negative arrivals), since a prefix cache is warm when it opens."""
+
+    @property
+    def tick(self) -> float:
+        """Seconds of the coarse clock that the trace was logged by; 0: a fine one."""
+        return self.requests.tick
+
+    def index_of_dispersion(self, window: float) -> float:
+        """Variance over mean of the requests in windows of so many seconds; nan where the span has fewer than 10."""
+        return arrivals.index_of_dispersion(self.requests.arrival, window)
+
+    def peak_to_mean(self, window: float = 1.0) -> float:
+        """Requests of the fullest window of so many seconds over the mean."""
+        return arrivals.peak_to_mean(self.requests.arrival, window)
+
+    def cached(self) -> np.ndarray | None:
+        """Prompt tokens of each request that an ideal cache holds on arrival: nothing evicted, shared by all instances.
+
+        None where the trace has no block ids.
+        """
+        return _cached(self.requests, self.before)
 
     def sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(input, output, weight) of a deterministic stratified sample that keeps the joint lengths."""
-        order = np.lexsort((self.requests.output, self.requests.input))
-        picks = np.unique(np.linspace(0, len(order) - 1, min(_SAMPLES, len(order))).round().astype(int))
-        chosen = order[picks]
-        weight = np.full(chosen.size, 1.0 / chosen.size)
-        return self.requests.input[chosen].astype(float), self.requests.output[chosen].astype(float), weight
-
-
-def read_trace(trace: Trace, base: Path) -> Requests:
-    """Read a CSV trace. Raises SpecError with the file and line of the first row that cannot be used."""
-    path = Path(trace.file) if Path(trace.file).is_absolute() else base / trace.file
-    try:
-        with _open(path) as stream:
-            return _parse(stream, trace, str(path))
-    except OSError as error:
-        raise SpecError(f"cannot read the trace: {error.strerror or error}", file=str(path)) from None
-    except UnicodeDecodeError:
-        raise SpecError("the trace is not text (CSV, or CSV compressed as .gz)", file=str(path)) from None
-
-
-def _open(path: Path) -> IO[str]:
-    return (
-        gzip.open(path, "rt", encoding="utf-8", newline="")
-        if path.suffix == ".gz"
-        else path.open(newline="", encoding="utf-8")
-    )
-
-
-def _parse(stream: IO[str], trace: Trace, file: str) -> Requests:
-    line = 0
-
-    def lines() -> Iterator[str]:
-        nonlocal line
-        for line, text in enumerate(stream, start=1):  # noqa: B007 - the place of an error
-            if not text.startswith("#"):
-                yield text
-
-    rows = csv.reader(lines())
-    header = next(rows, None)
-    if header is None:
-        raise SpecError("the trace is empty", file=file)
-    wanted = trace.columns
-    places = {}
-    arrival, input_, output = wanted.arrival_s or "arrival_s", wanted.input or "input", wanted.output or "output"
-    for name in (arrival, input_, output, *wanted.where):
-        if name not in header:
-            raise SpecError(
-                f"no column {name!r}{did_you_mean(name, header)}; columns: {', '.join(header)}", file=file, line=line
-            )
-        places[name] = header.index(name)
-    kept: list[tuple[float, float, float]] = []
-    for row in rows:
-        if not row:
-            raise SpecError("empty row", file=file, line=line)
-        if len(row) != len(header):
-            raise SpecError(f"{len(row)} values where the header has {len(header)} columns", file=file, line=line)
-        if any(row[places[k]] != v for k, v in wanted.where.items()):
-            continue
-        kept.append(_request(row, places, arrival, input_, output, file, line))
-    if not kept:
-        raise SpecError("the trace has no requests" + (f" where {wanted.where}" if wanted.where else ""), file=file)
-    table = np.array(kept)
-    table = table[np.argsort(table[:, 0], kind="stable")]
-    return Requests(table[:, 0] - table[0, 0], table[:, 1], table[:, 2])
-
-
-def _request(row: list[str], places: dict[str, int], *columns: Any) -> tuple[float, float, float]:
-    *names, file, number = columns
-    values = []
-    for name, least in zip(names, (0.0, 1.0, 1.0), strict=True):
-        text = row[places[name]]
-        try:
-            value = float(text)
-        except ValueError:
-            raise SpecError(f"column {name!r} holds {text!r}, not a number", file=file, line=number) from None
-        if not math.isfinite(value) or value < least:
-            raise SpecError(f"column {name!r} holds {text}, below {least:g}", file=file, line=number)
-        values.append(value)
-    return values[0], values[1], values[2]
+        """(input, output, weight) of a deterministic stratified sample: joint lengths and both means kept, the longest tenth of
+        prompts with a third of the points."""
+        r = self.requests
+        order = np.argsort(r.input, kind="stable")
+        cut = round(0.9 * order.size)
+        found = []
+        for part, share in ((order[:cut], 2 / 3), (order[cut:], 1 / 3)):
+            if part.size:
+                points = representatives(r.input[part], np.stack([r.input[part], r.output[part]]), round(share * _SAMPLES))
+                found.append((points[0], points[1], np.full(points.shape[1], part.size / order.size / points.shape[1])))
+        inputs, outputs, weight = (np.concatenate(x) for x in zip(*found, strict=True))
+        return inputs, outputs, weight
 
 
 def build(spec: WorkloadSpec, base: Path, load: float, seed: int) -> Workload:
-    """The workload to plan for: the peak window, the whole trace, or a given rate, times the load factor."""
+    """The workload to plan for: the peak or another window, the whole trace, or a given rate, times load and headroom.
+
+    `scale` says how the rate is multiplied (`arrivals.scaled`). Not said, a given rate compresses the trace's clock to it,
+    and the load is superposed above 1 and thinned below.
+    """
     if spec.lengths is not None:
-        return _fixed(spec.lengths.input, spec.lengths.output, spec.rate.value * load, load, seed)
-    assert spec.trace is not None
-    whole = read_trace(spec.trace, base)
+        return _fixed(spec.lengths.input, spec.lengths.output, spec.rate.value * load * (1 + spec.headroom), load, seed)
+    whole, file = _source(spec, base, seed)
     span = float(whole.arrival[-1]) if len(whole) > 1 else 0.0
     if span <= 0:
-        raise SpecError(
-            "all requests arrive at the same time: no rate can be read from the trace", file=spec.trace.file
-        )
-    requests, described = whole, f"{len(whole)} requests over {span:.0f} s"
-    if spec.rate.kind == "peak":
-        requests, span, start = _busiest(whole, span, spec.rate.window)
-        described = f"busiest {span:.0f} s of {len(whole)} requests, from {start:.0f} s, {len(requests)} requests"
-    rate = len(requests) / span
-    dispersion = _dispersion(requests.arrival)
-    if spec.rate.kind == "given":
-        # A given rate keeps the trace's lengths and burstiness and stretches its clock.
-        factor = rate / spec.rate.value
-        requests = Requests(requests.arrival * factor, requests.input, requests.output)
-        span, rate = span * factor, spec.rate.value
-    if load != 1:
-        described += f", {'superposed' if load > 1 else 'thinned'} x{load:g}"
-        requests = superpose(requests, span, load, seed)
-        # Superposing k independent copies (or thinning) moves the process towards Poisson.
-        dispersion = 1 + (dispersion - 1) / load if load > 1 else 1 + (dispersion - 1) * load
-    return Workload(requests, rate * load, span, dispersion, load, described)
+        raise SpecError("all requests arrive at the same time: no rate can be read from the trace", file=file)
+    chosen, span, described = _window(whole, span, spec.rate)
+    spread = whole.tick > 0 and (spec.trace is None or spec.trace.spread_ticks)
+    if whole.tick:
+        kept = "and spread evenly over each tick" if spread else "whose ticks are kept as bursts"
+        described += f", logged by a clock of {whole.tick:.3g} s {kept}"
+    shared = sharing.popular(whole) if whole.blocks is not None else None
+    rate = int(np.count_nonzero(chosen.arrival >= 0)) / span
+    for multiple, how in _steps(spec, rate, load):
+        uneven = arrivals.peak_to_mean(chosen.arrival[chosen.arrival >= 0], 1.0)
+        chosen, span = arrivals.scaled(chosen, span, multiple, how, seed, shared)
+        rate *= multiple
+        described += _consequence(multiple, how, uneven, chosen)
+    if spec.headroom:
+        described += f", {spec.headroom:.0%} headroom included"
+    now = chosen.arrival >= 0
+    if not now.any():
+        raise SpecError(f"at {load:g} times its rate the trace has no requests left", file=file)
+    requests = _first_turns(chosen.take(now))
+    before = chosen.take(~now) if whole.blocks is not None and not now.all() else None
+    return Workload(requests, rate, span, _dispersion(requests, spread), load, described, before)
+
+
+def read_fitted(path: Path) -> FittedWorkload:
+    """A workload file written by `perfmodel trace fit`. Raises SpecError with file and line."""
+    document = yaml.read(path)
+    if isinstance(document.data, dict) and document.data.get("version", 1) != 1:
+        raise SpecError(f"version {document.data['version']!r} is not read here: fit the log again", file=str(path),
+                        line=document.line(("version",)))  # fmt: skip
+    return yaml.validate(document, FittedWorkload)
+
+
+def _source(spec: WorkloadSpec, base: Path, seed: int) -> tuple[Requests, str]:
+    if spec.fitted is not None:
+        path = Path(spec.fitted) if Path(spec.fitted).is_absolute() else base / spec.fitted
+        return synthesis.synthesise(read_fitted(path), seed=seed), str(path)
+    assert spec.trace is not None
+    return read_trace(spec.trace, base), spec.trace.file
+
+
+def _window(whole: Requests, span: float, rate: RateSpec) -> tuple[Requests, float, str]:
+    """(requests with the window's start as 0 and some history before it, seconds, description)."""
+    if rate.kind in ("mean", "given"):
+        return whole, span, f"{len(whole)} requests over {span:.0f} s"
+    if rate.kind == "peak":
+        start, length = arrivals.busiest(whole.arrival, span, rate.window)
+        what = f"busiest {length:.0f} s"
+    else:
+        start, length = arrivals.percentile_window(whole.arrival, span, rate.window, rate.share)
+        what = f"{length:.0f} s at the {100 * rate.share:g}th percentile of rates"
+    first = start if whole.blocks is None else max(start - _HISTORY_S, 0.0)
+    low, high = np.searchsorted(whole.arrival, [first, start + length], side="left")
+    chosen = whole.take(slice(int(low), int(high)))
+    chosen = replace(chosen, arrival=chosen.arrival - start)
+    inside = int(np.count_nonzero(chosen.arrival >= 0))
+    return chosen, length, f"{what} of {len(whole)} requests, from {start:.0f} s, {inside} requests"
+
+
+def _steps(spec: WorkloadSpec, rate: float, load: float) -> list[tuple[float, arrivals.Scale]]:
+    """Multiples of the rate, in order, and how each is made."""
+    given = spec.rate.value / rate if spec.rate.kind == "given" else 1.0
+    wanted = load * (1 + spec.headroom)
+    if spec.scale is not None:
+        return [(given * wanted, spec.scale)] if given * wanted != 1 else []
+    steps: list[tuple[float, arrivals.Scale]] = [(given, "compress"), (wanted, "superpose" if wanted > 1 else "thin")]
+    return [step for step in steps if step[0] != 1]
+
+
+def _consequence(multiple: float, how: arrivals.Scale, before: float, chosen: Requests) -> str:
+    """What a multiple did to the bursts. `before`: requests of the fullest second over the mean."""
+    now = chosen.arrival[chosen.arrival >= 0]
+    if how == "compress":
+        cv = arrivals.squared_cv(now) ** 0.5
+        return (f", clock compressed x{multiple:.4g} (as bursty as before: CV of gaps {cv:.3g}, "
+                f"a second holds what {multiple:.3g} s did)")  # fmt: skip
+    after = arrivals.peak_to_mean(now, 1.0) if now.size else before
+    change = f"the fullest second holds {after:.2g} x the mean, before {before:.2g} x"
+    if how == "superpose":
+        return f", superposed x{multiple:.4g} (smoother: {change})"
+    return f", thinned x{multiple:.4g} ({change})"
+
+
+def _dispersion(requests: Requests, spread: bool) -> float:
+    index = arrivals.index_of_dispersion(requests.arrival, _TICKS * requests.tick) if spread else float("nan")
+    return arrivals.squared_cv(requests.arrival) if np.isnan(index) else index
+
+
+def _first_turns(requests: Requests) -> Requests:
+    """Turns whose predecessor lies outside the window arrive by the clock."""
+    if requests.think is None:
+        return requests
+    return replace(requests, think=np.where(sharing.previous_turn(requests) < 0, np.nan, requests.think))
+
+
+def _cached(requests: Requests, before: Requests | None) -> np.ndarray | None:
+    if requests.blocks is None:
+        return None
+    everything = requests if before is None else Requests.join([before, requests])
+    found = prefix.uses(everything).cached(_EVERYTHING, len(everything))
+    return np.asarray(found[len(everything) - len(requests) :])
 
 
 def _fixed(input_: int, output: int, rate: float, load: float, seed: int) -> Workload:
-    n = 2000
-    arrival = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, n))
-    requests = Requests(arrival - arrival[0], np.full(n, float(input_)), np.full(n, float(output)))
-    return Workload(
-        requests, rate, n / rate, 1.0, load, f"Poisson arrivals of {input_} input and {output} output tokens"
-    )
-
-
-def _busiest(whole: Requests, span: float, seconds: float) -> tuple[Requests, float, float]:
-    window = min(seconds, span)
-    ends = np.searchsorted(whole.arrival, whole.arrival + window, side="left")
-    counts = ends - np.arange(len(whole))
-    # A window must lie inside the trace, or its tail would count as silence.
-    counts = np.where(whole.arrival + window <= span + 1e-9, counts, 0)
-    first = int(np.argmax(counts))
-    chosen = whole.take(slice(first, int(ends[first])))
-    return (
-        Requests(chosen.arrival - chosen.arrival[0], chosen.input, chosen.output),
-        window,
-        float(whole.arrival[first]),
-    )
-
-
-def _dispersion(arrival: np.ndarray) -> float:
-    gaps = np.diff(arrival)
-    return float(np.var(gaps) / np.mean(gaps) ** 2) if gaps.size > 1 and np.mean(gaps) > 0 else 1.0
-
-
-def superpose(requests: Requests, span: float, load: float, seed: int) -> Requests:
-    """`load` copies of the requests, each shifted by a random part of the span and wrapped around.
-
-    A fractional part keeps each request of one more copy with that probability.
-    """
-    rng = np.random.default_rng(seed)
-    parts = []
-    copies = int(load)
-    for copy in range(copies + (load > copies)):
-        shift = 0.0 if copy == 0 else rng.uniform(0, span)
-        keep = slice(None) if copy < copies else rng.random(len(requests)) < load - copies
-        chosen = requests.take(keep)
-        parts.append(Requests((chosen.arrival + shift) % span, chosen.input, chosen.output))
-    arrival = np.concatenate([p.arrival for p in parts])
-    order = np.argsort(arrival, kind="stable")
-    merged = [np.concatenate([getattr(p, f) for p in parts])[order] for f in ("input", "output")]
-    return Requests(arrival[order], merged[0], merged[1])
-
-
-@dataclass(frozen=True)
-class Bucket:
-    """Requests of similar input length: what a router can see on arrival."""
-
-    low: float
-    high: float
-    share: float
-    input: np.ndarray
-    output: np.ndarray
-
-    @property
-    def label(self) -> str:
-        return f"{self.low:.0f}-{self.high:.0f} tokens"
-
-
-def buckets(workload: Workload, count: int) -> list[Bucket]:
-    """Split by input length so that each bucket carries about the same number of input tokens."""
-    inputs, outputs, _ = workload.sample()
-    order = np.argsort(inputs, kind="stable")
-    work = np.cumsum(inputs[order])
-    cuts = np.searchsorted(work, np.linspace(0, work[-1], count + 1)[1:-1])
-    # A router cannot tell equal lengths apart, so a bucket ends after the last request of a length.
-    edges = np.searchsorted(inputs[order], inputs[order][np.minimum(cuts, order.size - 1)], side="right")
-    result = []
-    for part in np.split(order, np.unique(edges)):
-        if part.size:
-            i, o = inputs[part], outputs[part]
-            result.append(Bucket(float(i.min()), float(i.max()), part.size / inputs.size, i, o))
-    return result
+    arrival = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, _FIXED))
+    requests = Requests(arrival - arrival[0], np.full(_FIXED, float(input_)), np.full(_FIXED, float(output)))
+    described = f"Poisson arrivals of {input_} input and {output} output tokens"
+    return Workload(requests, rate, _FIXED / rate, 1.0, load, described)

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from perfmodel.errors import SpecError
-from perfmodel.spec.base import Natural, Size, Spec
+from perfmodel.spec.base import Count, Natural, Size, Spec
 
 
 class Parameter(Spec):
@@ -99,6 +99,66 @@ class MemoryAccount(Spec):
     parameters: dict[str, Parameter] = Field(max_length=8)
 
 
+class FrontEnd(Spec):
+    """What happens to a request outside the engine's steps, in processes of the host. At most eight numbers.
+
+    `tokenize_rate` [token/s per core], `request_rate` [requests/s] and `stream_rate` [streamed tokens/s] of one API process
+    that does nothing else, `detokenize_time` [s per token], `sampler_time` [s per sequence and step].
+    """
+
+    processes: Count = 1
+    """API processes unless told otherwise."""
+    tokenizer_aside: bool = True
+    """The tokeniser runs beside the API loop, on a core of its own."""
+    detokenizer: Literal["api", "own", "engine"] = "api"
+    """Where tokens become text: in the API process, in a process of its own, or in the engine's loop."""
+    parameters: dict[str, Parameter] = Field(max_length=8)
+
+
+class SchedulerDefault(Spec):
+    """Limits of a step that an engine chooses by device memory; the last that applies counts."""
+
+    use: Literal["server", "offline"] = "server"
+    capacity: Size = 1.0
+    """Device memory from which it applies [byte]."""
+    except_devices: tuple[str, ...] = ()
+    """Prefixes of device names it does not apply to."""
+    tp: Count = 1
+    """Smallest tensor-parallel degree it applies to."""
+    chunk_tokens: Natural
+    max_sequences: Natural = 0
+    """0: no limit of its own."""
+    graph_batch: Natural | None = None
+    source: str
+
+
+class Supports(Spec):
+    """What an engine can do, and by which names."""
+
+    chunked_prefill: bool = True
+    prefix_caching: Literal["on", "off", "none"]
+    """Default, or none."""
+    disaggregation: tuple[str, ...] = ()
+    """Transports of keys and values between prefill and decode instances; empty: not at all."""
+    tp: bool = True
+    pp: bool = True
+    ep: bool = True
+    cp: bool = False
+    dp_attention: bool = True
+    lora: bool = True
+    vendors: tuple[str, ...]
+    quantization: dict[str, str]
+    """Name of a method to the stored format of weights; `checkpoint`: as the checkpoint stores them."""
+    online: tuple[str, ...] = ()
+    """Methods that quantise a 16-bit checkpoint while it loads."""
+    kv_formats: dict[str, str]
+    """Name of a KV format to the number format."""
+    block_tokens: tuple[Natural, ...] = ()
+    """Block sizes it takes; empty: any."""
+    speculation: tuple[str, ...] = ()
+    source: str
+
+
 class Engine(Spec):
     """Host behaviour and memory accounting of one serving engine."""
 
@@ -117,10 +177,31 @@ class Engine(Spec):
     """Tokens in one KV block."""
     graph_batch: Natural
     """Largest decode batch replayed from a captured graph; 0: no graphs."""
+    defaults: tuple[SchedulerDefault, ...] = ()
+    """Step limits by device memory and use; `chunk_tokens` and `max_sequences` where none applies."""
+    frontend: FrontEnd | None = None
+    supports: Supports | None = None
     memory: tuple[MemoryAccount, ...] = ()
     """Memory accounting by version, oldest first."""
     version: str = ""
     """Version asked for; empty: the newest."""
+
+    def limits(
+        self, capacity: float, device: str = "", *, tp: int = 1, use: Literal["server", "offline"] = "server"
+    ) -> SchedulerDefault:
+        """Step limits the engine chooses by itself on devices of `capacity` bytes; the last that applies.
+
+        Raises SpecError for an engine whose defaults nobody wrote down.
+        """
+        found = [
+            d
+            for d in self.defaults
+            if d.use == use and capacity >= d.capacity and tp >= d.tp
+            and not any(device.startswith(prefix) for prefix in d.except_devices)
+        ]  # fmt: skip
+        if not found:
+            raise SpecError(f"{self.title} has no scheduler defaults for {use} use")
+        return found[-1]
 
     @property
     def account(self) -> MemoryAccount:

@@ -16,6 +16,13 @@ Policy = Literal["chunked", "whole", "static", "layered", "split"]
 Routing = Literal["random", "round-robin", "least-loaded", "prefix-affine"]
 
 
+class Route(Spec):
+    """Input lengths, both ends included, and the weight with which their requests come to a pool."""
+
+    input_tokens: tuple[float, float]
+    share: float = Field(default=1.0, gt=0)
+
+
 class PoolSpec(Spec):
     """Equal instances behind one router."""
 
@@ -44,6 +51,8 @@ class PoolSpec(Spec):
     """Input lengths the router sends here; None: all."""
     share: Fraction = 1.0
     """Share of those requests that comes here; the rest goes to the other pools of that range and role."""
+    routes: tuple[Route, ...] = ()
+    """In place of input_tokens and share where lengths come with different weights."""
 
 
 class Deployment(Spec):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from perfmodel.errors import SpecError, did_you_mean
 
@@ -53,6 +53,34 @@ ALIASES = {
     "awq": "int4", "gptq": "int4", "gptq_marlin": "int4", "awq_marlin": "int4", "w4a16": "int4", "fp4": "nvfp4", "q4_k_m": "q4_k",
     "e4m3": "fp8", "mx4": "mxfp4", "int4wo": "int4",
 }  # fmt: skip
+
+
+Quality = Literal["exact", "checkpoint", "lossy"]
+
+# Exponent and significand bits (the leading one left out) of one element; scales are kept apart.
+_BITS = {
+    "fp32": (8, 23), "tf32": (8, 10), "bf16": (8, 7), "fp16": (5, 10), "fp8": (4, 3), "fp8_block": (4, 3), "int8": (0, 7),
+    "mxfp4": (2, 1), "nvfp4": (2, 1), "int4": (0, 3), "int4_g64": (0, 3), "int4_g32": (0, 3), "q4_k": (0, 4),
+    "q5_k": (0, 5), "q6_k": (0, 6), "q8_0": (0, 7), "int2_g32": (0, 1),
+}  # fmt: skip
+
+
+def quality(name: str, stored: str) -> Quality:
+    """What storing values of the format `stored` as `name` does to them.
+
+    checkpoint: the same format; exact: every value of one element survives, since exponent and significand are at least as
+    wide (IEEE 754; OCP 8-bit and MX formats); lossy: some do not.
+
+    >>> quality("fp8", "bf16"), quality("fp32", "bf16"), quality("fp16", "bf16"), quality("fp8", "fp8")
+    ('lossy', 'exact', 'lossy', 'checkpoint')
+    """
+    wanted, have = get_format(name).name, get_format(stored).name
+    if wanted == have:
+        return "checkpoint"
+    holds = all(a >= b for a, b in zip(_BITS[wanted], _BITS[have], strict=True))
+    # A format with scales of its own does not take over another's.
+    plain = not FORMATS[wanted].group and wanted in ("fp32", "tf32", "bf16", "fp16")
+    return "exact" if holds and plain else "lossy"
 
 
 def get_format(name: str) -> Format:

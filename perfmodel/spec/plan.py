@@ -2,55 +2,67 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from perfmodel.spec.base import Count, Price, Spec
+from perfmodel.spec.base import Spec
+from perfmodel.spec.choices import Choices
+from perfmodel.spec.fleet import FleetItem, Limits, Profile, Region, Resilience, Startup
 from perfmodel.spec.workload import Workload
 
-Role = Literal["colocated", "prefill", "decode"]
+Objective = Literal["cost", "devices", "power", "carbon", "latency", "goodput"]
 
 
-class FleetItem(Spec):
-    """A node type that may be bought or rented."""
+class ServiceSpec(Spec):
+    """One model with its own traffic and objectives, on the fleet that all services share."""
 
-    node: str
-    max_nodes: Count | None = None
-    price: Price | None = None
-    """Per whole node; else from the catalogue's price lists."""
-
-
-class Choices(Spec):
-    """What the planner may vary."""
-
-    roles: tuple[Role, ...] = ("colocated",)
-    weight_dtype: tuple[str, ...] = ()
-    """Empty: the checkpoint's own format."""
-    kv_dtype: str | None = None
-    tp: tuple[Count, ...] = ()
-    """Empty: every power of two that fits in a node."""
-    pp: tuple[Count, ...] = (1,)
-    ep: tuple[Count, ...] = ()
-    """Empty: none, and for a mixture of experts also ep = tp."""
-    engine: str = "vllm"
-    techniques: tuple[str, ...] = ()
-    mem_fraction: float | None = Field(default=None, gt=0, le=1)
-    tp_across_nodes: bool = False
-
-    @model_validator(mode="after")
-    def _techniques(self) -> Choices:
-        if self.techniques:
-            raise ValueError(f"no technique is known by the name {self.techniques[0]!r}: leave the list empty")
-        return self
+    name: str
+    model: str
+    workload: Workload
 
 
 class PlanFile(Spec):
     """One planning job."""
 
+    services: tuple[ServiceSpec, ...] = ()
+    """Several models on one fleet; a single one may be given as `model` and `workload` instead."""
     model: str
     workload: Workload
     fleet: tuple[FleetItem, ...] = Field(min_length=1)
+    regions: dict[str, Region] = {}
+    limits: Limits = Limits()
+    resilience: Resilience | None = None
+    profile: Profile | None = None
+    startup: Startup | None = None
     choices: Choices = Choices()
-    objective: Literal["cost", "devices", "energy"] = "cost"
+    objective: Objective = "cost"
+    confidence: float = Field(default=0.5, ge=0.5, lt=1)
+    """Probability with which the promises hold, given how sure the times of each device and stack are."""
     seed: int = 1
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_or_several(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not data.get("services"):
+            return data
+        if "model" in data or "workload" in data:
+            raise ValueError("give either 'services' or one 'model' with its 'workload'")
+        first = data["services"][0] if isinstance(data["services"], (list, tuple)) else None
+        if not isinstance(first, dict) or not {"model", "workload"} <= set(first):
+            return {**data, "model": "", "workload": {}}  # the service's own error comes first
+        return {**data, "model": first["model"], "workload": first["workload"]}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> PlanFile:
+        names = [s.name for s in self.services]
+        if len(set(names)) < len(names):
+            raise ValueError(f"service names must differ: {', '.join(names)}")
+        if len({s.workload.load for s in self.services}) > 1:
+            raise ValueError("services must list the same load multiples")
+        return self
+
+    @property
+    def served(self) -> tuple[ServiceSpec, ...]:
+        """The services; a single one carries the model's name."""
+        return self.services or (ServiceSpec(name=self.model, model=self.model, workload=self.workload),)

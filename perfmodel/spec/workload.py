@@ -24,6 +24,9 @@ class Columns(Spec):
     """Prompt block ids: a list, or ranges such as ``0;14-27``."""
     session: str | None = None
     think_s: str | None = None
+    """Seconds between the answer to the session's previous turn and this request."""
+    elapsed_s: str | None = None
+    """Seconds from arrival to last token where the trace was taken: what is left of the gap to the next turn is think time."""
     labels: dict[Literal["tenant", "model", "max_tokens"], str] = {}
     where: dict[str, str] = {}
 
@@ -75,7 +78,8 @@ class Limit(float):
         return units.show(float(self), "time") + more
 
 
-def _limit(value: Any) -> Limit:
+def read_limit(value: Any) -> Limit:
+    """A limit as written in a plan file: ``2 s``, or ``1 s + 0.3 ms/token``. Raises ValueError."""
     if isinstance(value, Limit):
         return value
     parts = str(value).split("+")
@@ -100,7 +104,7 @@ def _percentiles(value: Any) -> Any:
 if TYPE_CHECKING:
     LimitField: TypeAlias = Limit
 else:
-    LimitField = Annotated[float, PlainValidator(_limit), Field(json_schema_extra={"unit": "time"})]
+    LimitField = Annotated[float, PlainValidator(read_limit), Field(json_schema_extra={"unit": "time"})]
 Limits = Annotated[dict[str, LimitField], BeforeValidator(_percentiles)]
 
 
@@ -190,7 +194,8 @@ class Workload(Spec):
     """Multiples of the rate to plan for."""
     scale: Literal["superpose", "thin", "compress"] | None = None
     """How a multiple is made: superpose shifted copies (smooths bursts), thin (drops requests; below 1 only), or compress the
-    clock (keeps burstiness). Not said: superpose above 1, thin below."""
+    clock (keeps burstiness; think times shrink too). It makes the whole multiple: a given rate over the trace's, times load and
+    headroom. Not said: a given rate compresses the clock to it, and the load superposes above 1 and thins below."""
     headroom: float = Field(default=0.0, ge=0, lt=10)
     """Extra rate to plan for, as a share: 0.2 plans for 1.2 times the rate."""
     objectives: Objectives
@@ -203,8 +208,10 @@ class Workload(Spec):
             raise ValueError(f"rate {self.rate.kind!r} needs a trace; with 'lengths' write a number such as \"8.5 /s\"")
         if not self.load or any(k <= 0 for k in self.load):
             raise ValueError("load must list positive multiples")
-        if self.scale == "thin" and any(k > 1 for k in self.load):
+        # Of a given rate only the trace tells the multiple.
+        multiples = [k * (1 + self.headroom) for k in self.load] if self.rate.kind != "given" else []
+        if self.scale == "thin" and any(k > 1 for k in multiples):
             raise ValueError("thin drops requests, so it cannot reach a load above 1; write superpose or compress")
-        if self.scale == "superpose" and any(k < 1 for k in self.load):
+        if self.scale == "superpose" and any(k < 1 for k in multiples):
             raise ValueError("superpose adds copies, so it cannot reach a load below 1; write thin or compress")
         return self

@@ -22,7 +22,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
     def plan(path: str, **options: Any) -> SimpleNamespace:
         calls["plan"] = (path, options)
-        if options["objective"] == "energy":
+        if options["objective"] == "power":
             raise Infeasible("no device draws so little", nearest="more power")
         return SimpleNamespace(data=RESULT, text=lambda: "the plan")
 
@@ -67,7 +67,7 @@ def test_plan_as_json_without_a_report(cli: Callable[..., Any], seen: dict[str, 
 def test_plan_without_an_answer(cli: Callable[..., Any], seen: dict[str, Any], tmp_path: Path) -> None:
     file = tmp_path / "chat.yaml"
     file.write_text("model: x\n", encoding="utf-8")
-    outcome = cli("plan", file, "--objective", "energy")
+    outcome = cli("plan", file, "--objective", "power")
     assert (outcome.code, outcome.out) == (3, "")
     assert outcome.err == "error: no device draws so little\nNearest feasible change: more power\n"
     assert "report" not in seen

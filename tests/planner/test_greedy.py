@@ -10,6 +10,7 @@ from small_plans import feasible, program_parts, write_plan
 
 from perfmodel.planner import constraints
 from perfmodel.planner.greedy import greedy, share
+from perfmodel.planner.program import Question
 from perfmodel.planner.solver import solve
 
 
@@ -18,7 +19,7 @@ def test_greedy_serves_the_load_and_the_program_costs_no_more(rate: float, tmp_p
     columns, fleet, rates, objective = program_parts(write_plan(tmp_path, rate=rate), 6)
     weights = [(o.price or 0.0) * 3600 for o in fleet]
     found = greedy(columns, fleet, rates, weights)
-    best = solve(constraints.build(columns, fleet, rates, objective).problem)
+    best = solve(constraints.build(Question.single(columns, fleet, rates, objective)).problem)
     if not best.ok:
         assert found.unserved > 0
         return

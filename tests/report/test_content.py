@@ -279,9 +279,9 @@ def test_another_state_makes_other_plots(run: PlanRun, shown: Any, tmp_path: Pat
     pool = p.pools[0]
     state = replace(pool.state, batch=pool.state.batch * 2, kv_share=pool.state.kv_share * 2)
     other = replace(pool, state=state)
-    outcome = p.replayed[0].outcome
-    slower = replace(p.replayed[0], pool=other, outcome=replace(outcome, ttft=outcome.ttft * 2, tpot=outcome.tpot * 2))
-    changed = read(page.write(replace(run, plans=[replace(p, pools=[other], replayed=[slower])]), tmp_path))
+    whole = p.replayed[0].whole
+    slower = replace(p.replayed[0], pool=other, whole=replace(whole, ttft=whole.ttft * 2, tpot=whole.tpot * 2))
+    changed = read(page.write(replace(run, plans=[replace(p, cells=[replace(p.cells[0], pools=[other], replayed=[slower])])]), tmp_path))
 
     def trace(s: Any, chart: str, nth: int, name: str) -> Any:
         return next(t for t in s.chart(f"load-1-{chart}", nth)["data"] if t["name"] == name)

@@ -95,11 +95,13 @@ def test_hostile_names_stay_text(run: PlanRun, tmp_path: Path, read: Any) -> Non
     data = deepcopy(first.data)
     data["alternatives"][0]["name"] = '</script><script>alert(3)</script><a href="javascript:alert(4)">x</a>'
     data["nodes"][0]["price_source"] = "<svg onload=alert(5)>"
+    cell = first.cells[0]
+    workload = replace(first.workload, described="<!--<script>")
     hostile = replace(
         run,
         spec=run.spec.model_copy(update={"model": "</title><script>alert(6)</script>"}),
         file=str(file),
-        plans=[replace(first, data=data, workload=replace(first.workload, described="<!--<script>"))],
+        plans=[replace(first, data=data, cells=[replace(cell, service=replace(cell.service, workload=workload))])],
     )
     shown = read(page.write(hostile, tmp_path / "out"))
     plain = read(page.write(replace(run, plans=[first]), tmp_path / "plain"))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from perfmodel import calibration, catalog
-from perfmodel.errors import SpecError
+from perfmodel.kernels.transfer import Drives, drives, host_copy_seconds
 from perfmodel.machine import Machine, machine
 from perfmodel.ops.collective import collective
 from perfmodel.ops.elementwise import pointwise
@@ -53,15 +52,14 @@ def _price_copy(key: Any, rows: list[Row]) -> list[Outcome]:
 
 
 def _host_copy(m: Machine, size: Num) -> tuple[Any, Any]:
-    """Seconds and spread of a copy over the host link: latency + bytes / (link e), each direction its own lanes."""
+    """Seconds and spread of a copy over the host link."""
     port = m.device.links.get("host")
     if port is None or not m.host_link:
         raise Refused("no link to the host in the catalogue")
     found = calibration.link_parameters(port.technology)
     efficiency, latency = found["link_efficiency"].parameter, found["link_latency"].parameter
-    moving = size / (m.host_link * efficiency.value)
-    seconds = latency.value + moving
-    parts = np.hypot(latency.sigma * latency.value, efficiency.sigma * moving) / seconds
+    seconds = host_copy_seconds(m, size)
+    parts = np.hypot(latency.sigma * latency.value, efficiency.sigma * (seconds - latency.value)) / seconds
     return seconds, np.hypot(parts, calibration.law().residual["copy"])
 
 
@@ -76,44 +74,15 @@ def _copy(rows: Sequence[Row]) -> list[Outcome]:
     return batched(rows, _copy_key, _price_copy)
 
 
-@dataclass(frozen=True)
-class _Array:
-    """Equal drives read or written in parallel: count, and bytes/s and operations/s of one."""
-
-    count: int
-    rate: float
-    operations: float
-    latency: float
-
-    def seconds(self, block: Num, depth: Num, random: bool) -> Num:
-        """Mean seconds per request of `block` bytes with `depth` requests in flight.
-
-        The slowest of: the drives' transfer, their random operations, the host's work on a request, and the wait of
-        one request divided by those in flight (Little's law).
-        """
-        host = calibration.classes().memory["nand"]["storage_operation"].value
-        transfer = block / (self.count * self.rate)
-        seek = 1 / (self.count * self.operations) if random else 0.0
-        waiting = (self.latency + block / self.rate) / depth
-        return np.maximum(np.maximum(transfer, seek), np.maximum(host, waiting))
-
-
-def _drives(hardware: str, write: bool) -> _Array:
+def _drives(hardware: str, write: bool) -> Drives:
     """The drives that a drive's, a device's or a node's name stands for. Raises Refused where the catalogue has none."""
     spec = catalog.load_hardware(hardware)
-    count = 1
-    if not (isinstance(spec, Device) and spec.storage):
-        node = spec if isinstance(spec, Node) else machine(hardware).node
-        if node is None or not node.drives:
-            raise Refused("no local drives in the catalogue")
-        spec, count = catalog.load_device(node.drives[0].device), node.drives[0].count
-    drive = spec.storage
-    if drive is None:
-        raise SpecError(f"{spec.name!r} is not a drive")
-    shared = calibration.classes().memory["nand"]["storage_latency"].value
-    latency = (drive.write_latency if write else drive.read_latency) or shared
-    many = np.inf if write or drive.random_read_iops is None else drive.random_read_iops
-    return _Array(count, drive.write if write else drive.read, many, latency)
+    if isinstance(spec, Device) and spec.storage:
+        return drives(spec, 1, write=write)
+    node = spec if isinstance(spec, Node) else machine(hardware).node
+    if node is None or not node.drives:
+        raise Refused("no local drives in the catalogue")
+    return drives(catalog.load_device(node.drives[0].device), node.drives[0].count, write=write)
 
 
 def _block(row: Row) -> float:

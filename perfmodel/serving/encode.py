@@ -1,0 +1,194 @@
+"""Encode, prefill and decode in pools of their own, for models that see images (EPD, arXiv:2501.05460).
+
+The vision tower is a transformer of its own: the patches of an image attend to each other without a mask, `merge` x `merge`
+of them become one token of the language model. An encode instance is a queue like a prefill instance; its embeddings
+cross to the prefill pool, whose first token ends the wait.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from perfmodel import roofline
+from perfmodel.errors import SpecError
+from perfmodel.estimator import Estimator
+from perfmodel.graph import Phase, lower
+from perfmodel.ops.gemm import gemm
+from perfmodel.ops.shard import Formats, Group, Parallelism
+from perfmodel.parameters import block_weights
+from perfmodel.schedule import Node, Repeat, Seq
+from perfmodel.serving.clock import StepClock
+from perfmodel.serving.handoff import network_path
+from perfmodel.serving.queueing import Instance, Mix, State
+from perfmodel.spec.model import Attention, Block, Layers, Mlp, Model, Vision
+
+_POINTS = 64  # of each wait's law, to add independent ones
+
+
+def vision_of(model: Model) -> Vision:
+    """The model's vision tower; SpecError where it has none."""
+    if model.vision is None:
+        raise SpecError(f"{model.name} has no vision tower, so there is nothing to encode")
+    return model.vision
+
+
+def image_tokens(model: Model, height: int, width: int) -> tuple[int, int]:
+    """(patches, tokens of the language model) of an image of height x width pixels.
+
+    Sides are cut to whole merged patches, at least one: 336 x 336 at patch 14 and merge 2 is 24 x 24 = 576 patches and
+    12 x 12 = 144 tokens. Towers with a fixed number of learned positions see tiles of that size: pass a tile's.
+    """
+    v = vision_of(model)
+    sides = [max(int(side / (v.patch * v.merge)), 1) for side in (height, width)]
+    return sides[0] * sides[1] * v.merge**2, sides[0] * sides[1]
+
+
+def tower(v: Vision) -> Model:
+    """The tower's layers as a model of their own; embedding and head are those of `tower_program`."""
+    attention = Attention(
+        heads=v.heads, kv_heads=v.heads, head_dim=v.hidden // v.heads, qkv_bias=v.bias, out_bias=v.bias
+    )
+    block = Block(mixer=attention, ffn=Mlp(inter=v.inter, gated=v.gated, bias=v.bias), norm="layer")
+    return Model(
+        name="vision tower", family="vision transformer", hidden=v.hidden, vocab=1, blocks={"layer": block},
+        layers=(Layers(blocks=("layer",), repeat=v.layers),),
+    )  # fmt: skip
+
+
+def tower_program(e: Estimator, images: np.ndarray | float, patches: np.ndarray | float) -> Node:
+    """Operators of one device for `images` images of `patches` patches each.
+
+    Patches to vectors [k = channels x patch^2 x frames], the layers, then merger and projector: every parameter that is
+    left multiplies one row per merged token. Towers are not quantised. Heads that tp does not divide: every rank encodes
+    its share of the images with the whole tower (vLLM's --mm-encoder-tp-mode data).
+    """
+    v, act = vision_of(e.model), e.formats.act
+    formats = Formats(act, act, act, act)
+    tp = e.par.tp if v.heads % e.par.tp == 0 else 1
+    images = np.ceil(images / (e.par.devices / tp))
+    model = tower(v)
+    layers = lower(model, Phase((Group(images, patches, 0.0),), causal=False), Parallelism(tp=tp), formats).schedule
+    assert isinstance(layers, Seq)
+    body = tuple(i for i in layers.items if isinstance(i, Repeat) and i.name in model.blocks)
+    wide = v.channels * v.patch**2 * v.temporal_patch
+    rows, dtype = images * patches, str(act.matrix)
+    spent = v.layers * sum(w.elements for w in block_weights(model.blocks["layer"], v.hidden))
+    left = max(v.parameters - spent - v.hidden * (wide + v.positions), 0)
+    embed = gemm("patch_embed", rows, v.hidden / tp, wide, weight=act, act=act, dtype=dtype)
+    project = gemm(
+        "merge_and_project", rows / v.merge**2, left / e.model.hidden / tp, e.model.hidden, weight=act, act=act, dtype=dtype
+    )
+    return Seq((*embed, *body, *project), "vision")
+
+
+def encode_seconds(e: Estimator, images: np.ndarray | float, patches: np.ndarray | float) -> np.ndarray:
+    """Seconds in which one instance encodes `images` images of `patches` patches, arrays alike; host time of a step included."""
+    images, patches = np.broadcast_arrays(np.asarray(images, float), np.asarray(patches, float))
+    cost = roofline.cost(tower_program(e, images, patches), e.machine)
+    launched = cost.launches * e.machine.law["eager_issue"]
+    return np.asarray(np.maximum(cost.seconds, launched) + e.host_seconds(1.0))
+
+
+class EncodeClock(StepClock):
+    """Clock of the role `encode`: an Instance of it with role `prefill` queues requests by their number of images.
+
+    patches: of one image. Its `Mix.input` counts images; nothing decodes and no cache is kept.
+    """
+
+    def __init__(self, estimator: Estimator, patches: float, most_images: int = 64) -> None:
+        self.estimator, self.patches = estimator, patches
+        self.chunk, self.max_batch = most_images, most_images
+        self._images = np.unique(np.geomspace(1, most_images, 24).round())
+        self._seconds = encode_seconds(estimator, self._images, patches)
+
+    def host(self, sequences: float) -> float:
+        return 0.0  # part of every pass
+
+    def decode(self, batch: float, total_context: float) -> float:
+        return 0.0
+
+    def step(self, batch: int, total_context: float, chunks: list[tuple[float, float]]) -> float:
+        """Seconds of one pass over the images of `chunks`."""
+        return float(self.prefill_work(np.array([sum(q for q, _ in chunks)]), 0.0, 0.0)[0])
+
+    def prefill_work(
+        self, inputs: np.ndarray, batch: float, total_context: float, cached: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """Seconds to encode so many images; none for a request without."""
+        images = inputs - cached
+        seconds = np.interp(images, self._images, self._seconds)
+        beyond = np.maximum(images / self._images[-1], 1.0)
+        return np.where(images > 0, seconds * beyond, 0.0)
+
+
+def encode_instance(e: Estimator, patches: float) -> Instance:
+    """One instance of an encode pool for images of `patches` patches."""
+    return Instance(EncodeClock(e, patches), "prefill", float("inf"))
+
+
+def embedding_seconds(encode: Estimator, prefill: Estimator, tokens: np.ndarray | float) -> np.ndarray:
+    """Seconds to send the embeddings of `tokens` image tokens [hidden x activation width each] between the two pools.
+
+    One message over one adapter of the slower side: embeddings are ready together, and every rank needs them all.
+    """
+    path = network_path(encode.machine, prefill.machine)
+    size = np.asarray(tokens, float) * encode.model.hidden * encode.formats.act.width
+    return np.asarray(path.latency + size / min(path.send, path.receive))
+
+
+@dataclass(frozen=True)
+class Pools:
+    """Steady state of encode, prefill and decode pools in a row, one instance of each shown."""
+
+    encode: tuple[Instance, State, Mix]
+    prefill: tuple[Instance, State, Mix]
+    decode: tuple[Instance, State, Mix]
+    transfer: float
+    """Seconds the embeddings of a request take to the prefill pool."""
+
+    @property
+    def feasible(self) -> bool:
+        return not self.reason
+
+    @property
+    def reason(self) -> str:
+        """What saturates, and where; empty when nothing does."""
+        named = (("encode", self.encode), ("prefill", self.prefill), ("decode", self.decode))
+        return "; ".join(f"{name}: {s.reason}" for name, (_, s, _) in named if not s.feasible)
+
+    def ttft_quantile(self, p: float) -> float:
+        """Seconds to the first token at percentile p: encode, transfer and prefill one after the other.
+
+        The two queues are taken as independent (Jackson, Operations Research 5, 1957, for exponential ones).
+        """
+        first, then = (_law(*stage) for stage in (self.encode, self.prefill))
+        return float(np.quantile(np.add.outer(first, then) + self.transfer, p))
+
+    def tpot_quantile(self, p: float) -> float:
+        """Seconds per token after the first at percentile p."""
+        instance, state, mix = self.decode
+        return instance.tpot_quantile(p, state, mix)
+
+
+def _law(instance: Instance, state: State, mix: Mix) -> np.ndarray:
+    shares = (np.arange(_POINTS) + 0.5) / _POINTS
+    quantile: Callable[[float], float] = lambda p: instance.ttft_quantile(p, state, mix)  # noqa: E731
+    return np.array([quantile(float(p)) for p in shares])
+
+
+def pools(
+    encode: Instance, prefill: Instance, decode: Instance, *, replicas: tuple[int, int, int], rate: float, mix: Mix,
+    images: np.ndarray, transfer: float,
+) -> Pools:  # fmt: skip
+    """Three pools at `rate` requests per second together.
+
+    mix: input tokens with those of the images, output tokens. images: of each request of the mix. replicas: instances of
+    (encode, prefill, decode). transfer: from `embedding_seconds`.
+    """
+    seen = replace(mix, input=np.asarray(images, float), output=np.ones(mix.output.shape))
+    parts = ((encode, seen), (prefill, mix), (decode, mix))
+    stages = [(i, i.state(rate / n, m), m) for (i, m), n in zip(parts, replicas, strict=True)]
+    return Pools(stages[0], stages[1], stages[2], transfer)

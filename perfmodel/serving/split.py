@@ -1,0 +1,273 @@
+"""Prefill and decode at the same time on one device: its compute units are divided, its memory bandwidth is shared.
+
+A fraction f of the units prefills, 1 - f decodes (Nexus, arXiv:2507.06608; semi-PD, arXiv:2504.19867). Each side takes
+the time of its own kernels on its own units at the bandwidth the other leaves: its share is
+    beta = max(1/2, 1 - bytes the other moves per second / bandwidth),
+a fixed point (max-min fair: whoever wants more than half may have what the other does not use). Units that are too few
+cannot draw the whole bandwidth either: a unit has `row_bytes_per_clock` in flight (Little's law).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from perfmodel import graph, roofline
+from perfmodel.errors import SpecError
+from perfmodel.estimator import Estimator
+from perfmodel.machine import Machine
+from perfmodel.ops.shard import Group
+from perfmodel.serving.clock import StepClock
+from perfmodel.serving.queueing import Instance, Mix, State
+
+_FAIR = 0.5  # of the bandwidth, which each side gets whatever the other wants
+_ROUNDS = 30
+_SETTLED = 1e-3
+_SEARCHED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+def part_of(m: Machine, units: float, bandwidth: float = 1.0) -> Machine:
+    """A share of a machine's compute units with a share of its memory bandwidth."""
+    if not 0 < units <= 1:
+        raise SpecError(f"a side needs a share of the compute units in (0, 1], got {units:g}")
+    drawn = m.bandwidth
+    if m.device.compute is not None:
+        drawn = min(drawn, units * m.units * m.device.compute.clock * float(m.law["row_bytes_per_clock"]))
+    return replace(
+        m, units=m.units * units, vector=m.vector * units, exp=m.exp * units,
+        matrix={k: v * units for k, v in m.matrix.items()}, bandwidth=min(drawn, m.bandwidth * bandwidth),
+    )  # fmt: skip
+
+
+def on_part(e: Estimator, units: float, bandwidth: float = 1.0) -> Estimator:
+    """An estimator whose kernels run on a part of each device; host time stays."""
+    other = object.__new__(type(e))
+    other.__dict__.update(e.__dict__)
+    other.machine, other._remembered = part_of(e.machine, units, bandwidth), {}
+    return other
+
+
+@dataclass(frozen=True)
+class Demand:
+    """One pass over a side: its seconds, and the share of the device's bandwidth it draws meanwhile."""
+
+    seconds: float
+    drawn: float
+
+
+class _Pass:
+    """One pass over a side: its records, and the seconds its traffic takes of the whole device's bandwidth."""
+
+    def __init__(self, e: Estimator, group: Group, units: float, sequences: float) -> None:
+        self.machine, self.units = e.machine, units
+        self.schedule = e.lower(graph.Phase((group,))).schedule
+        self.host = float(e.host_seconds(sequences))
+        self.moved = float(roofline.cost(self.schedule, e.machine).busy["hbm"])
+
+    def demand(self, bandwidth: float) -> Demand:
+        """With at most a share `bandwidth` of the memory's."""
+        seconds = float(roofline.cost(self.schedule, part_of(self.machine, self.units, bandwidth)).seconds) + self.host
+        return Demand(seconds, self.moved / seconds)
+
+
+def contention(
+    e: Estimator, prefill_share: float, batch: float, context: float, chunk: float
+) -> tuple[Demand, Demand, float, float]:
+    """(prefill, decode, bandwidth share of prefill, of decode) when both sides run: the fixed point of their shares.
+
+    batch sequences decode at `context` tokens each while chunks of `chunk` tokens prefill.
+    """
+    first = _Pass(e, Group(1.0, chunk, 0.0), prefill_share, 1.0)
+    later = _Pass(e, Group(batch, 1, context - 1, decode=True), 1 - prefill_share, batch)
+    of_prefill = of_decode = 1.0
+    for _ in range(_ROUNDS):
+        prefill, decode = first.demand(of_prefill), later.demand(of_decode)
+        wanted = max(_FAIR, 1 - decode.drawn), max(_FAIR, 1 - prefill.drawn)
+        if abs(wanted[0] - of_prefill) + abs(wanted[1] - of_decode) < _SETTLED:
+            break
+        # Damped: each side's demand answers the other's.
+        of_prefill, of_decode = (of_prefill + wanted[0]) / 2, (of_decode + wanted[1]) / 2
+    return prefill, decode, of_prefill, of_decode
+
+
+def blend(clocks: list[StepClock], weights: list[float]) -> StepClock:
+    """A clock whose every step takes the weighted mean of those of `clocks`, which must share their grids."""
+    mean = object.__new__(StepClock)
+    mean.__dict__.update(clocks[0].__dict__)
+    for name, first in vars(clocks[0]).items():
+        if isinstance(first, (np.ndarray, float)):
+            setattr(mean, name, sum(w * getattr(c, name) for c, w in zip(clocks, weights, strict=True)))
+        elif isinstance(first, list):
+            rows = np.array([getattr(c, name) for c in clocks])
+            setattr(mean, name, np.tensordot(weights, rows, 1).tolist())
+    return mean
+
+
+class Sides:
+    """Clocks of the two sides, alone on the memory and at half of its bandwidth; `prefill_share` of the units prefill."""
+
+    def __init__(self, e: Estimator, context: float, prefill_share: float) -> None:
+        if not 0 < prefill_share < 1:
+            raise SpecError(f"prefill_share must lie between 0 and 1, got {prefill_share:g}")
+        self.estimator, self.context, self.prefill_share = e, context, prefill_share
+        self._prefill = [StepClock(on_part(e, prefill_share, beta), context) for beta in (1.0, _FAIR)]
+        self._decode = [StepClock(on_part(e, 1 - prefill_share, beta), context) for beta in (1.0, _FAIR)]
+
+    def prefill(self, bandwidth: float) -> StepClock:
+        """Clock of prefill with a share of the bandwidth in [1/2, 1]."""
+        return _between(self._prefill, bandwidth)
+
+    def decode(self, bandwidth: float) -> StepClock:
+        """Clock of decode with a share of the bandwidth in [1/2, 1]."""
+        return _between(self._decode, bandwidth)
+
+    def shares(self, batch: float, chunk: float) -> tuple[float, float]:
+        """Bandwidth shares of (prefill, decode) while both run."""
+        return contention(self.estimator, self.prefill_share, max(batch, 1.0), self.context, chunk)[2:]
+
+
+class SplitClock(StepClock):
+    """Both sides while neither pauses: what a simulation or a table of step times needs.
+
+    A step lasts as long as the slower of its chunks on the prefill side and its tokens on the decode side; prefill work takes
+    nothing from decode. Percentiles need SplitInstance, which knows how often the sides meet.
+    """
+
+    def __init__(self, sides: Sides) -> None:
+        engine = sides.estimator.engine
+        of_prefill, of_decode = sides.shares(engine.max_sequences / 2, engine.chunk_tokens)
+        self.__dict__.update(vars(sides.decode(of_decode)))
+        self._prefill = sides.prefill(of_prefill)
+
+    @property
+    def prefill_side(self) -> StepClock:
+        """Step times of prefill beside decoding."""
+        return self._prefill
+
+    def step(self, batch: int, total_context: float, chunks: list[tuple[float, float]]) -> float:
+        """Seconds until both sides are done with a step."""
+        first = self._prefill.step(0, 0.0, chunks) if chunks else 0.0
+        return max(first, self.decode(batch, total_context))
+
+    def prefill_work(
+        self, inputs: np.ndarray, batch: float, total_context: float, cached: np.ndarray | float = 0.0
+    ) -> np.ndarray:
+        """Seconds each input keeps the prefill side busy."""
+        return self._prefill.prefill_work(inputs, 0.0, 0.0, cached)
+
+
+def _between(clocks: list[StepClock], bandwidth: float) -> StepClock:
+    """Kernels bound by memory take 1/bandwidth longer, others no longer: linear in 1/bandwidth between 1 and 2."""
+    slower = (1 / bandwidth - 1) / (1 / _FAIR - 1)
+    return blend(clocks, [1 - slower, slower])
+
+
+@dataclass(frozen=True, eq=False)
+class SplitInstance:
+    """An instance whose devices prefill and decode side by side; used like serving.queueing.Instance."""
+
+    sides: Sides
+    kv_tokens: float
+    """Cached tokens that fit, per instance, shared by both sides: nothing is handed over."""
+    role: str = "colocated"
+
+    @cached_property
+    def clock(self) -> SplitClock:
+        """Step times while neither side pauses."""
+        return SplitClock(self.sides)
+
+    def state(self, rate: float, mix: Mix) -> SplitState:
+        """Steady state at `rate` requests per second.
+
+        A side meets the other as often as that one is busy: prefill a share u of the time, decode whenever a sequence
+        decodes. Both rates follow from those shares, which a few rounds settle.
+        """
+        busy_prefill = busy_decode = 0.0
+        batch = 1.0
+        chunk = float(min(mix.mean(mix.input), self.sides.estimator.engine.chunk_tokens))
+        for _ in range(6):
+            of_prefill, of_decode = self.sides.shares(batch, chunk)
+            prefill_clock = blend(
+                [self.sides.prefill(1.0), self.sides.prefill(of_prefill)], [1 - busy_decode, busy_decode]
+            )
+            decode_clock = blend(
+                [self.sides.decode(1.0), self.sides.decode(of_decode)], [1 - busy_prefill, busy_prefill]
+            )
+            prefill = Instance(prefill_clock, "prefill", self.kv_tokens)
+            decode = Instance(decode_clock, "decode", self.kv_tokens)
+            first, later = prefill.state(rate, mix), decode.state(rate, mix)
+            if not (np.isfinite(later.batch) and first.utilisation < 1):
+                break
+            new_prefill, new_decode = min(first.utilisation, 1.0), min(later.batch, 1.0)
+            settled = abs(new_prefill - busy_prefill) + abs(new_decode - busy_decode) < 1e-3
+            busy_prefill, busy_decode, batch = new_prefill, new_decode, max(later.batch, 1.0)
+            if settled:
+                break
+        # Both sides cache in the same memory.
+        held = first.kv_share + later.kv_share
+        reason = first.reason or later.reason or ("KV cache exceeds memory" if held > 1 else "")
+        return SplitState(
+            not reason, reason, rate, first.utilisation, later.batch, later.step, later.pure_step, first.work, held,
+            prefill, decode, first, later,
+        )  # fmt: skip
+
+    def refused(self, s: SplitState, mix: Mix, dispersion: float = 1.0) -> str:
+        """Why these forms do not hold at a state (replay decides there); empty where they do."""
+        return s.reason or s.prefill.refused(s.first, mix, dispersion) or s.decode.refused(s.later, mix, dispersion)
+
+    def ttft_met(self, limit: float | np.ndarray, s: SplitState, mix: Mix, dispersion: float = 1.0) -> float:
+        """Share of requests with a first token within `limit` seconds: prefill is a queue of its own."""
+        return s.prefill.ttft_met(limit, s.first, mix, dispersion)
+
+    def tpot_met(self, limit: float, s: SplitState, mix: Mix, dispersion: float = 1.0) -> float:
+        """Share of requests whose TPOT is within `limit` seconds."""
+        return s.decode.tpot_met(limit, s.later, mix, dispersion)
+
+    def ttft_quantile(self, p: float, s: SplitState, mix: Mix, dispersion: float = 1.0) -> float:
+        """Seconds within which a share p of requests have their first token."""
+        return s.prefill.ttft_quantile(p, s.first, mix, dispersion)
+
+    def tpot_quantile(self, p: float, s: SplitState, mix: Mix, dispersion: float = 1.0) -> float:
+        """Seconds within which a share p of requests have their TPOT."""
+        return s.decode.tpot_quantile(p, s.later, mix, dispersion)
+
+
+@dataclass(frozen=True)
+class SplitState:
+    """As serving.queueing.State, with the two sides it is made of."""
+
+    feasible: bool
+    reason: str
+    rate: float
+    utilisation: float
+    """Share of time the prefill side works."""
+    batch: float
+    step: float
+    pure_step: float
+    work: np.ndarray
+    kv_share: float
+    prefill: Instance
+    decode: Instance
+    first: State
+    later: State
+
+
+def best_share(
+    e: Estimator, mix: Mix, rate: float, kv_tokens: float, *, ttft: float, tpot: float, p: float = 0.95,
+    shares: Sequence[float] = _SEARCHED,
+) -> tuple[float, float]:  # fmt: skip
+    """(share of units for prefill, slack) at which the worse of TTFT/limit and TPOT/limit at percentile p is least.
+
+    slack: that worse ratio; above one no share meets both limits. Infinite where no share carries the rate.
+    """
+    best = (shares[0], float("inf"))
+    for share in shares:
+        instance = SplitInstance(Sides(e, mix.context, share), kv_tokens)
+        s = instance.state(rate, mix)
+        if s.feasible:
+            worse = max(instance.ttft_quantile(p, s, mix) / ttft, instance.tpot_quantile(p, s, mix) / tpot)
+            best = min(best, (share, worse), key=lambda x: x[1])
+    return best

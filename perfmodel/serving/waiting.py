@@ -1,0 +1,123 @@
+"""Time to first token of each request of a mix, from the laws of the step cycle."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from perfmodel.serving.cycle import Cycle
+
+_CLASSES = 16
+_BINS = 36
+_NOTHING = 1e-7
+_AFTER = 1 + 1e-9
+_PARTS = (1 / 6, 1 / 2, 5 / 6)
+_PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)
+
+
+class Waiting:
+    """Waits of requests whose prefill alone takes `own` seconds beside decoding ones and `alone` on an idle engine.
+
+    Requests of like work share a law: theirs is shifted by what their own prefill takes more.
+    """
+
+    def __init__(self, cycle: Cycle, own: np.ndarray, alone: np.ndarray) -> None:
+        load = cycle.load
+        order = np.argsort(load.work, kind="stable")
+        edges = np.searchsorted(np.cumsum(load.weight[order]), np.arange(1, _CLASSES) / _CLASSES)
+        parts = [p for p in np.split(order, np.unique(edges)) if p.size]
+        self._class = np.empty(own.size, int)
+        for c, part in enumerate(parts):
+            self._class[part] = c
+        share = np.array([load.weight[p].sum() for p in parts])
+
+        def middle(values: np.ndarray) -> np.ndarray:
+            return np.array([load.weight[p] @ values[p] for p in parts]) / share
+
+        work, first = middle(load.work), middle(own)
+        waits, chance = _waits(cycle, work)
+        if not chance.size:
+            waits, chance = np.zeros((work.size, 1)), np.zeros(1)
+        values = waits + first[:, None]
+        self.mean = float(share @ (values @ chance)) + cycle.idle * float(load.weight @ alone)
+        place = np.argsort(values, axis=1, kind="stable")
+        values = np.take_along_axis(values, place, axis=1)
+        # Weights of cells may be negative by rounding: a law never falls.
+        below = np.maximum.accumulate(np.cumsum(chance[place], axis=1), axis=1)
+        self._share = np.maximum(below / np.maximum(below[:, -1:], 1e-300), 0.0)
+        self._idle, self._alone = cycle.idle, alone
+        self._span = float(values.max()) * _AFTER
+        # Nobody is served before the first value.
+        # And everybody by the last, also of a class whose own last value is smaller than the others'.
+        first_and_last = values[:, :1], np.full((len(parts), 1), self._span)
+        values = np.concatenate(
+            [np.zeros((len(parts), 1)), first_and_last[0], np.maximum(values, 0.0), first_and_last[1]], axis=1
+        )
+        self._share = np.concatenate(
+            [np.zeros((len(parts), 2)), self._share, np.ones((len(parts), 1))], axis=1
+        )
+        self._table = (values + 2 * self._span * np.arange(len(parts))[:, None]).ravel()
+        self._shift = own - first[self._class]
+
+    def within(self, limits: np.ndarray) -> np.ndarray:
+        """P(first token within the limit) of each request [s]."""
+        # One table for all classes, each moved by more than any value.
+        room = np.clip(limits - self._shift, 0.0, self._span)
+        queued = np.interp(room + self._class * 2 * self._span, self._table, self._share.ravel())
+        return self._idle * (limits >= self._alone) + (1 - self._idle) * queued
+
+
+def _waits(cycle: Cycle, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Seconds beyond a request's own prefill [class, point], and their probability [point]."""
+    load = cycle.load
+    busy = load.rate * float(load.weight @ load.work)
+    full = load.chunk + load.overhead
+    own = work[:, None]
+    least = np.maximum(np.ceil(own / load.chunk - 1e-9), 1)
+    alone = load.seconds(own)
+    found, chance = [], []
+    for law, running in zip(cycle.gathered, cycle.running, strict=True):
+        seconds, weight = _binned(cycle.grid, law)
+        if not seconds.size:
+            continue
+        rest = np.minimum(running / 2, seconds)
+        others = seconds - rest
+        fits = int(np.searchsorted(others, load.chunk - work[-1], side="right"))
+        if fits:
+            short = slice(0, fits)
+            found.append(rest[short] + load.seconds(own + others[short]) - alone)
+            chance.append(weight[short])
+        if fits == others.size:
+            continue
+        rest, others, weight = rest[fits:], others[fits:], weight[fits:]
+        # Where the gate exceeds a budget of tokens it matters how many stand before the request: evenly many.
+        together = load.seconds(own + others) - alone
+        one_step = own + others <= load.chunk
+        for place in _PLACES:
+            steps = np.maximum(np.ceil((own + others * place) / load.chunk - 1e-9), 1)
+            served = np.minimum(own + others + busy * (steps - 1) * full, steps * load.chunk) - own
+            found.append(rest + np.where(one_step, together, served + (steps - least) * load.overhead))
+            chance.append(weight / len(_PLACES))
+    seconds, weight = _binned(cycle.grid, cycle.ahead)
+    for part in _PARTS if seconds.size else ():
+        rest = np.minimum(part * full, seconds)
+        place = own + (seconds - rest) / (1 + load.overhead / load.chunk)
+        steps = np.maximum(np.ceil(place / load.chunk - 1e-9), 1)
+        # Those behind fill what is left of the last step.
+        filled = np.minimum(steps * load.chunk - place, busy * (rest + (steps - 1) * full))
+        found.append(seconds + filled)
+        chance.append(weight / len(_PARTS))
+    if not found:
+        return np.zeros((work.size, 0)), np.zeros(0)
+    return np.concatenate(found, axis=1), np.concatenate(chance)
+
+
+def _binned(grid: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The law on fewer points, ever wider apart: their means and weights."""
+    if not np.any(np.abs(law) > _NOTHING):
+        return np.zeros(0), np.zeros(0)
+    last = int(np.flatnonzero(np.abs(law) > _NOTHING)[-1]) + 1
+    edges = np.unique(np.round(np.concatenate([np.arange(min(16, last)), np.geomspace(16, max(last, 17), _BINS)[:-1]])))
+    edges = edges[edges < last].astype(int)
+    weight = np.add.reduceat(law[:last], edges)
+    middle = np.add.reduceat(grid[:last], edges) / np.diff(np.append(edges, last))
+    return middle, weight
