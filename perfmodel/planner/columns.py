@@ -143,7 +143,7 @@ class Enumerator:
                 reason = why_never(instance, case.mix(0.0), self.objectives, built[0].engine)
                 self.rejected.append(Rejected(layout, chosen, *reason))
                 continue
-            self.columns[layout, chosen] = _column(layout, offer, case, rate, limited)
+            self.columns[layout, chosen] = column_at(layout, offer, case, rate, limited)
 
     def tighten(self, column: Column, factor: float) -> None:
         """Lower the operating point of a column's layout: its own bucket set fully, the others half as much."""
@@ -154,7 +154,7 @@ class Enumerator:
                 case = Case(
                     c.instance, c.estimator, self.buckets, c.buckets, self.workload, self.objectives, self.reuse
                 )
-                self.columns[key] = _column(c.layout, c.offer, case, rate, limited)
+                self.columns[key] = column_at(c.layout, c.offer, case, rate, limited)
 
     def select(self, test: Callable[[Column], bool] = lambda c: True) -> list[Column]:
         """Columns that pass a test, without those another of them dominates."""
@@ -196,24 +196,35 @@ class Case:
 
     def mix(self, rate: float) -> Mix:
         """Lengths of the requests, with what the prefix cache beside the running batch holds of them."""
-        return self.seen(bucket_mix(self.buckets, self.chosen), self.chosen, rate, self.replicas(rate))
+        return self.seen(bucket_mix(self.buckets, self.chosen), self.chosen, rate)
 
-    def seen(self, mix: Mix, served: tuple[int, ...], rate: float, replicas: float) -> Mix:
+    def seen(self, mix: Mix, served: tuple[int, ...], rate: float) -> Mix:
         """A mix of the buckets `served` at `rate` per instance, with its cached tokens.
 
-        Running requests have the first right to memory, so the cache has what they leave; two rounds settle that.
+        A prefix is found whole or not at all, so every point becomes two: found with the bucket's chance, and not. Running
+        requests have the first right to memory, so the cache has what they leave; two rounds settle that.
         """
         if self.reuse is None or self.instance.role == "decode":
             return mix
         ideal = np.concatenate([_cached(self.buckets[k]) for k in served])
-        bucket = np.repeat(served, [self.buckets[k].input.size for k in served])
+        owner = self.owner(served)[: mix.input.size]
+        # Prompt tokens that reach one instance, as a share of all: what its cache must keep.
+        tokens = max(rate, _IDLE) * mix.mean(mix.input)
+        parts = max(self.workload.rate * sum(b.share * float(b.input.mean()) for b in self.buckets) / tokens, 1.0)
+        found = np.concatenate([np.minimum(ideal, mix.input - 1), np.zeros_like(ideal)])
+        twice = Mix(np.tile(mix.input, 2), np.tile(mix.output, 2), np.tile(mix.weight, 2), found)
         left = self.instance.kv_tokens
         for _ in range(2):
-            found = self.reuse.share(left, replicas)[bucket] * ideal
-            mix = replace(mix, cached=np.minimum(found, mix.input - 1))
-            s = self.instance.state(max(rate, _IDLE), mix)
+            chance = self.reuse.share(left, parts)[owner]
+            whole = replace(twice, weight=np.concatenate([mix.weight * chance, mix.weight * (1 - chance)]))
+            s = self.instance.state(max(rate, _IDLE), whole)
             left = self.instance.kv_tokens * max(1 - s.kv_share, 0.0) if s.feasible else 0.0
-        return mix
+        return whole
+
+    def owner(self, served: tuple[int, ...]) -> np.ndarray:
+        """Bucket of each point of a mix of these buckets, points with found prefixes first."""
+        one = np.repeat(served, [self.buckets[k].input.size for k in served])
+        return one if self.reuse is None or self.instance.role == "decode" else np.concatenate([one, one])
 
     def judge(self, rate: float) -> Verdict:
         """The promise that breaks at a rate, or comes nearest to it.
@@ -283,22 +294,24 @@ def serving_instance(built: tuple[Estimator, StepClock], layout: Layout, mix: Mi
     return kind(clock, layout.role, room, exposed_per_token(e, clock, mix) if layout.role == "decode" else 0.0)
 
 
-def _column(layout: Layout, offer: Offer, case: Case, rate: float, limited: str) -> Column:
+def column_at(layout: Layout, offer: Offer, case: Case, rate: float, limited: str) -> Column:
+    """A case at one rate, priced; limited: what stops the rate from growing."""
     instance, e, buckets, chosen = case.instance, case.estimator, case.buckets, case.chosen
     mix = case.mix(rate)
     s = instance.state(rate, mix)
     prefill = np.full(len(buckets), math.inf)
     decode, held, moved = prefill.copy(), prefill.copy(), np.zeros(len(buckets))
     per_token = memory.kv_bytes_per_token(e.model, e.formats)
-    works = s.work if layout.role != "decode" else np.zeros_like(mix.input)
-    ends = np.cumsum([buckets[k].input.size for k in chosen])[:-1]
-    for k, work in zip(chosen, np.split(works, ends), strict=True):
-        b = buckets[k]
-        decoding = (b.output - 1) * s.step if layout.role != "prefill" else np.zeros_like(b.input)
-        prefill[k], decode[k] = work.mean(), decoding.mean()
-        held[k] = float(np.mean((work + decoding) * (b.input + b.output / 2)))
+    work = s.work if layout.role != "decode" else np.zeros_like(mix.input)
+    decoding = mix.steps * s.step if layout.role != "prefill" else np.zeros_like(mix.input)
+    owner = case.owner(chosen)
+    for k in chosen:
+        mine = np.where(owner == k, mix.weight, 0.0)
+        mine /= mine.sum()
+        prefill[k], decode[k] = mine @ work, mine @ decoding
+        held[k] = mine @ ((work + decoding) * (mix.input + mix.output / 2))
         if layout.role == "prefill":
-            moved[k] = float(b.input.mean()) * per_token
+            moved[k] = mine @ mix.input * per_token
     shares = np.array([buckets[k].share for k in chosen])
     mean_held = rate * float(np.dot(shares / shares.sum(), held[list(chosen)]))
     # Utilisation and batch at the point are what the bucket averages add up to, so that the natural mix fills it exactly.

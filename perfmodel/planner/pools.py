@@ -44,7 +44,7 @@ def pools(
         rates = np.array([max(values.get(f"y_{c}_{k}", 0.0), 0.0) for k in range(len(buckets))])
         rates[rates < 1e-9] = 0.0
         if replicas and rates.sum() > 0:
-            found.setdefault(column.layout, []).append(_pool(column, replicas, rates, buckets))
+            found.setdefault(column.layout, []).append(pool_of(column, replicas, rates, buckets))
     result: list[Pool] = []
     for parts in found.values():
         whole = _merged(parts, buckets)
@@ -52,10 +52,11 @@ def pools(
     return result
 
 
-def _pool(column: Column, replicas: int, rates: np.ndarray, buckets: list[Bucket]) -> Pool:
+def pool_of(column: Column, replicas: int, rates: np.ndarray, buckets: list[Bucket]) -> Pool:
+    """Instances of a column with the traffic given to them [bucket], at the mix and state that follow."""
     served = tuple(int(k) for k in np.flatnonzero(rates))
     each = float(rates.sum()) / replicas
-    mix = column.case.seen(bucket_mix(buckets, served, rates), served, each, replicas)
+    mix = column.case.seen(bucket_mix(buckets, served, rates), served, each)
     return Pool(column, replicas, rates, mix, column.instance.state(each, mix))
 
 
@@ -81,7 +82,7 @@ def _merged(parts: list[Pool], buckets: list[Bucket]) -> Pool:
     )
     room = average([x.column.kv_limit for x in parts])
     column = replace(widest, buckets=served, state=state, kv_limit=room, **demands)
-    return _pool(column, sum(x.replicas for x in parts), np.sum([x.rates for x in parts], axis=0), buckets)
+    return pool_of(column, sum(x.replicas for x in parts), np.sum([x.rates for x in parts], axis=0), buckets)
 
 
 def missed(pool: Pool, objectives: Objectives, dispersion: float) -> str:

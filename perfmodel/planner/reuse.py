@@ -12,7 +12,7 @@ from perfmodel.serving.requests import Requests
 from perfmodel.serving.workload import Bucket, Workload, bucket_of
 from perfmodel.spec.deployment import Routing
 
-_SIZES = 24
+_SIZES = 48
 _LARGEST_GUARD = 1.25
 """Work of a replica over the mean beyond which an affine router passes a request on."""
 

@@ -130,6 +130,19 @@ def _sights(r: Requests, cached: np.ndarray | None, by: Sequence[str]) -> dict[s
     return found
 
 
+def _with_prefixes(values: np.ndarray, points: int) -> np.ndarray:
+    """Points that stand for requests [input, output, cached], those with a long shared prefix apart from those without.
+
+    The mean of a prompt that is found and one that is not is a prompt that nobody sends. The parts' shares are rounded to whole
+    points.
+    """
+    shared = values[2] > values[0] / 2
+    points = min(points, values.shape[1])
+    most = round(points * float(shared.mean()))
+    parts = [(values[:, shared], most), (values[:, ~shared], points - most)]
+    return np.concatenate([representatives(v[0], v, n) for v, n in parts if n and v.size], axis=1)
+
+
 def _parted(
     name: str, seen: np.ndarray, index: np.ndarray, key: Key, work: np.ndarray
 ) -> list[tuple[np.ndarray, Key]]:
@@ -169,8 +182,8 @@ def _by_input(
     edges = [-math.inf, *upper[:-1], math.inf]
     result = []
     for k, group in enumerate(groups):
-        rows = [r.input[group], r.output[group], *([] if cached is None else [cached[group]])]
-        found = representatives(r.input[group], np.stack(rows), points)
+        rows = np.stack([r.input[group], r.output[group], *([] if cached is None else [cached[group]])])
+        found = representatives(r.input[group], rows, points) if cached is None else _with_prefixes(rows, points)
         result.append(Bucket(
             float(r.input[group].min()), upper[k], group.size / len(r), found[0], found[1],
             None if cached is None else found[2], key, (edges[k], edges[k + 1]),
