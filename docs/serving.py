@@ -19,10 +19,12 @@ import numpy as np
 
 from perfmodel import memory
 from perfmodel.estimator import Estimator
+from perfmodel.serving import goodput
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.goodput import highest_rate
-from perfmodel.serving.queueing import Instance, Mix
+from perfmodel.serving.queueing import Instance, Mix, State
 from perfmodel.serving.replay import simulate
+from perfmodel.serving.replay.outcome import Outcome
 from perfmodel.serving.requests import Requests
 from perfmodel.serving.workload import read_trace
 from perfmodel.spec.workload import Trace
@@ -39,10 +41,10 @@ INSTANCES = {
     "Llama-3.1-70B, 8 H100, prefill": ("llama-3.1-70b", "hgx-h100-8", {"tp": 8}, "prefill"),
     "Llama-3.1-8B, H100, decode": ("llama-3.1-8b", "h100-sxm", {}, "decode"),
 }
-CVS = (1, 2, 4)
+CVS = (0.5, 1, 2, 4)
 LOADS = (0.2, 0.5, 0.8)
 AIMS = {"p50": 0.10, "p95": 0.20}
-_REQUESTS = {1: 5000, 2: 7000, 4: 12000}
+_REQUESTS = {0.5: 5000, 1: 5000, 2: 7000, 4: 12000}
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Cell:
     form: dict[str, float]
     replay: dict[str, float]
     refused: str
+    gaps: dict[str, tuple[float, float]]
+    """ITL and longest gap [s] and attainment, form and replay, of instances that prefill and decode."""
 
     @property
     def errors(self) -> dict[str, float]:
@@ -82,7 +86,7 @@ def instance(name: str, mix: Mix) -> Instance:
 
 def compare(name: str, one: Instance, trace: str, r: Requests, mix: Mix, cv: float, load: float, most: float) -> Cell:
     """Both sides of one cell; cv 0: the trace's own arrivals, its clock stretched to the rate."""
-    rate, n = most * load, _REQUESTS.get(int(cv), 12000)
+    rate, n = most * load, _REQUESTS.get(cv, 12000)
     rng = np.random.default_rng(17)
     if cv:
         gaps = rng.gamma(1 / cv**2, cv**2, n)
@@ -105,7 +109,24 @@ def compare(name: str, one: Instance, trace: str, r: Requests, mix: Mix, cv: flo
         for p in (50, 95):
             found[f"{metric} p{p}"] = float(np.nanpercentile(values, p))
             form[f"{metric} p{p}"] = quantile(p / 100, s, mix, min(dispersion, 20.0))
-    return Cell(name, trace, arrivals, load, rate, form, found, one.refused(s, mix, dispersion))
+    gaps = compare_gaps(one, s, mix, min(dispersion, 20.0), out, r.output[pick], kept) if one.role == "colocated" else {}
+    return Cell(name, trace, arrivals, load, rate, form, found, one.refused(s, mix, dispersion), gaps)
+
+
+def compare_gaps(
+    one: Instance, s: State, mix: Mix, dispersion: float, out: Outcome, output: np.ndarray, kept: slice
+) -> dict[str, tuple[float, float]]:
+    """Both sides of the gaps between tokens, and of attainment at limits that a tenth of the requests misses each."""
+    result = {}
+    for p in (95, 99):
+        result[f"ITL p{p}"] = goodput.itl_quantile(one, p / 100, s, mix, dispersion), out.gaps.percentile(p / 100)
+    longest = out.longest_gap[kept][output[kept] > 1]
+    for p in (50, 95):
+        form = goodput.longest_gap_quantile(one, p / 100, s, mix, dispersion)
+        result[f"longest gap p{p}"] = (form, float(np.percentile(longest, p)))
+    ttft, tpot = (float(np.nanpercentile(x[kept], 90)) for x in (out.ttft, out.tpot))
+    met = float(np.mean((out.ttft[kept] <= ttft) & ~(out.tpot[kept] > tpot)))
+    return result | {"attainment": (goodput.attainment(one, s, mix, goodput.Goals(ttft, tpot), dispersion), met)}
 
 
 def cells() -> list[Cell]:
@@ -129,7 +150,7 @@ def summary(found: list[Cell]) -> str:
         "| arrivals | trace | cells | refused | all within | TTFT within | TPOT within |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for arrivals in ("Poisson", "CV 2", "CV 4"):
+    for arrivals in ("CV 0.5", "Poisson", "CV 2", "CV 4"):
         for trace in TRACES:
             mine = [c for c in found if c.arrivals == arrivals and c.trace == trace]
             held = [c for c in mine if not c.refused]
@@ -161,6 +182,24 @@ def table(found: list[Cell], trace: str, own: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def gap_table(found: list[Cell]) -> str:
+    """Gaps and attainment of every cell that is not refused, up to half load."""
+    names = ("ITL p95", "ITL p99", "longest gap p50", "longest gap p95", "attainment")
+    lines = [
+        "| trace | instance | arrivals | load | " + " | ".join(names) + " |",
+        "| --- | --- | --- | ---: |" + " ---: |" * len(names),
+    ]
+    for c in found:
+        if c.refused or not c.gaps or c.load > 0.5 or c.arrivals == "the trace's own":
+            continue
+        parts = [
+            f"{x:.1%}, {y:.1%}" if n == "attainment" else f"{x * 1e3:,.1f}, {y * 1e3:,.1f}, {x / y - 1:+.0%}"
+            for n, (x, y) in c.gaps.items()
+        ]
+        lines.append(f"| {c.trace} | {c.instance} | {c.arrivals} | {c.load:.0%} | " + " | ".join(parts) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def main(arguments: list[str]) -> int:
     """Write or check; the exit code."""
     path = ROOT / "docs" / "serving.md"
@@ -171,6 +210,7 @@ def main(arguments: list[str]) -> int:
     for trace, file in TRACES.items():
         blocks[file] = table(found, trace)
     blocks["own"] = "\n".join(f"{trace}\n\n" + table(found, trace, own=True) for trace in TRACES)
+    blocks["gaps"] = gap_table(found)
     before = path.read_text(encoding="utf-8")
     after = _BLOCK.sub(lambda m: m[1] + blocks[m["name"]] + m[3], before)
     if "--check" not in arguments:

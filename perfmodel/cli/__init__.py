@@ -22,6 +22,7 @@ __all__ = ["main"]
             "explain",
             "plan",
             "replay",
+            "report",
             "emit",
             "lint",
             "place",

@@ -127,12 +127,16 @@ def _serving(s: dict[str, Any]) -> str:
     for name, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("longest_gap", "longest gap")):
         if f"{name}_s" in s:
             rows.append([title, ", ".join(f"{k} {seconds(v)}" for k, v in s[f"{name}_s"].items())])
+    front = s["front_end"]
+    rows.append(["front end", f"{seconds(front['ttft_s'])} of the TTFT, busy {front['utilisation']:.0%} of the time"])
     for name, share in s.get("met_share", {}).items():
         rows.append([f"{name.upper()} limit", f"met by {share:.1%} of the requests"])
     if "attainment" in s:
-        worth, most = number(s["goodput_per_s"]), number(s["capacity_per_s"])
-        rows.append(["goodput", f"{worth} requests/s: {s['attainment']:.1%} meet all limits"])
-        rows.append(["capacity", f"{most} requests/s of which 95 % meet all limits"])
+        rows.append(["attainment", f"{s['attainment']:.1%} of the requests meet all limits"])
+        met = f"{s['attainment_target']:.0%} of the requests meeting all limits"
+        for name, meaning in (("goodput", "that meet all limits"), ("capacity", f"at most, {met}")):
+            worth, each = (number(s[f"{name}_per_s{k}"]) for k in ("", "_per_device"))
+            rows.append([name, f"{worth} requests/s {meaning}; {each} per device"])
     if s.get("closed_form", "valid") != "valid":
         rows.append(["caution", f"percentiles are {s['closed_form']}; replay decides"])
     return f"{heading('Under load, continuous batching')}\n{table(rows)}"

@@ -18,12 +18,15 @@ OBJECTIVES = ["cost", "devices", "power", "carbon", "latency", "goodput"]
 @click.option("--out", default="out", show_default=True, metavar="DIR", help="Folder of the report.")
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="What to minimise.  [the file's]")
 @click.option("--confidence", type=Quantity("ratio"), help="Probability of keeping the promises, 0.5 to 1.  [the file's]")
+@click.option("--budget", help="Most the fleet may cost, such as '60 USD/h'.  [the file's]")
+@click.option("--load", type=click.FloatRange(0, min_open=True), help="Multiple of the rate to plan for.  [the file's]")
 @click.option("--quick", is_flag=True, help="Only the plan: no runners-up, no sensitivities.")
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @common_options
 def plan(
-    file: str, out: str, objective: str | None, confidence: float | None, quick: bool, no_report: bool, as_json: bool
-) -> None:
+    file: str, out: str, objective: str | None, confidence: float | None, budget: str | None, load: float | None,
+    quick: bool, no_report: bool, as_json: bool,
+) -> None:  # fmt: skip
     """Choose the fleet for the workload in FILE (YAML)."""
     from perfmodel.planner.run import plan as run
 
@@ -32,7 +35,9 @@ def plan(
 
     # A plan takes minutes; say so where a person is watching.
     shown = progress if sys.stderr.isatty() else None
-    result = run(file, objective=objective, confidence=confidence, explain=not quick, progress=shown)
+    result = run(
+        file, objective=objective, confidence=confidence, budget=budget, load=load, explain=not quick, progress=shown
+    )
     if as_json:
         echo_json(result.data)
     else:

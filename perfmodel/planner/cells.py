@@ -12,12 +12,13 @@ import numpy as np
 from perfmodel.errors import SpecError
 from perfmodel.planner.columns import Column
 from perfmodel.planner.confidence import slowness
+from perfmodel.planner.evaluated import Running
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.periods import Level, held, merged, profile_of
 from perfmodel.planner.pools import Pool, pools
 from perfmodel.planner.program import Question
 from perfmodel.planner.service import Service, startup_seconds, stricter, strictest_percentile
-from perfmodel.planner.verify import Replayed, broken, replay
+from perfmodel.planner.verify import broken, replay
 from perfmodel.serving.workload import buckets, build, read_trace
 from perfmodel.spec.choices import Choices
 from perfmodel.spec.plan import PlanFile
@@ -66,13 +67,11 @@ def made_of(choices: Choices, near: list[Column]) -> Choices:
 
 
 @dataclass
-class Cell:
-    """One service in one period: its pools and what their replay saw."""
+class Cell(Running):
+    """One service in one period."""
 
     service: Service
     level: Level
-    pools: list[Pool]
-    replayed: list[Replayed]
 
 
 def fleet_of(
@@ -166,13 +165,13 @@ def _gentler(c: Column) -> list[Column]:
 
 def check(
     fleet: Fleet, question: Question, values: dict[str, float]
-) -> tuple[list[Cell], list[tuple[Service, Column, str]]]:
-    """Pools of a solution, replayed; and the columns that break a promise, with what they break.
+) -> tuple[list[Cell], list[tuple[Service, Pool, str]]]:
+    """Pools of a solution, replayed; and those that break a promise, with what they break.
 
     Percentiles are judged region by region, because each region's round trip leaves another limit at the site.
     """
     cells = []
-    misses: list[tuple[Service, Column, str]] = []
+    misses: list[tuple[Service, Pool, str]] = []
     first = 0
     for demand, service in zip(question.demands, fleet.services, strict=True):
         columns = list(demand.columns)
@@ -192,7 +191,7 @@ def check(
         for region, site in {o.region: o.site for o in fleet.offers}.items():
             local = [r for r in results if r.pool.column.offer.region == region]
             found = broken(local, stricter(service.objectives, site.rtt)) if local else []
-            misses += [(service, column, what) for column, what in found]
-        misses += [(service, p.column, f"closed form: {p.state.reason}") for p in chosen if not p.state.feasible]
-        cells.append(Cell(service, fleet.levels[service.period], chosen, results))
+            misses += [(service, pool, what) for pool, what in found]
+        misses += [(service, p, f"closed form: {p.state.reason}") for p in chosen if not p.state.feasible]
+        cells.append(Cell(service, chosen, results, fleet.levels[service.period]))
     return cells, misses

@@ -8,9 +8,8 @@ buckets; there it spends a share u of its time on prefill, decodes b sequences a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import cast
 
 import numpy as np
 
@@ -18,27 +17,15 @@ from perfmodel import memory
 from perfmodel.catalog import load_model
 from perfmodel.cost import demand_shares, device_power
 from perfmodel.estimator import Estimator
+from perfmodel.planner.case import Case, bucket_mix, serving_instance
 from perfmodel.planner.layout import Built, Layout, build, layouts
 from perfmodel.planner.offer import Offer
-from perfmodel.planner.promise import Verdict, judge, percentile, why_never
-from perfmodel.planner.reuse import Reuse
-from perfmodel.planner.transfer import exposed_per_token
-from perfmodel.serving import frontend
-from perfmodel.serving.clock import StepClock, kv_tokens
-from perfmodel.serving.modes import WholeClock, WholeInstance
+from perfmodel.planner.promise import MOST_PREFILL, why_never
+from perfmodel.planner.reuse import reuse_of
 from perfmodel.serving.queueing import Instance, Mix, State
-from perfmodel.serving.split import Sides, SplitClock, SplitInstance
 from perfmodel.serving.workload import Bucket, Workload
 from perfmodel.spec.choices import Choices
 from perfmodel.spec.workload import Objectives
-
-__all__ = ["Column", "Enumerator", "Layout", "percentile"]
-
-_IDLE = 1e-4
-_STRIDE = 1.3
-_PRECISION = 1.02
-_TIGHT = 0.01
-"""A rate is high enough once one promise has no more than this share of its permitted misses left."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +76,6 @@ class Rejected:
     best: float = math.nan
 
 
-def bucket_mix(buckets: list[Bucket], chosen: tuple[int, ...], weights: np.ndarray | None = None) -> Mix:
-    """Joint lengths of some buckets, weighted by their shares (or by given rates)."""
-    shares = np.array([b.share for b in buckets]) if weights is None else weights
-    inputs = np.concatenate([buckets[k].input for k in chosen])
-    outputs = np.concatenate([buckets[k].output for k in chosen])
-    weight = np.concatenate([np.full(buckets[k].input.size, shares[k] / buckets[k].input.size) for k in chosen])
-    return Mix(inputs, outputs, weight / weight.sum())
-
-
 def bucket_sets(count: int) -> list[tuple[int, ...]]:
     """All buckets, the shortest j, and the longest j: what a length-aware router can separate."""
     everything = tuple(range(count))
@@ -115,7 +93,7 @@ class Enumerator:
     ) -> None:  # fmt: skip
         self.model, self.offers, self.choices, self.objectives = model, offers, choices, objectives
         self.workload, self.buckets, self.built = workload, buckets, built
-        self.reuse = Reuse(workload, buckets, choices.dealt) if choices.prefix_caching else None
+        self.reuse = reuse_of(workload, buckets, choices.dealt) if choices.prefix_caching else None
         self.columns: dict[tuple[Layout, tuple[int, ...]], Column] = {}
         self.rejected: list[Rejected] = []
         self.layouts: list[Layout] = []
@@ -134,7 +112,7 @@ class Enumerator:
         instance = serving_instance(built, layout, bucket_mix(self.buckets, tuple(range(len(self.buckets)))))
         guess = 0.0
         for chosen in bucket_sets(len(self.buckets)):
-            case = Case(instance, built[0], self.buckets, chosen, self.workload, self.objectives, self.reuse)
+            case = Case(instance, built[0], self.buckets, chosen, self.workload, self.objectives, self.reuse, self.choices.dealt)
             # Sets come in order, so the one before lies near in work per request.
             tokens = float(case.mix(0.0).mean(case.mix(0.0).input))
             rate, limited = case.highest_rate(guess / tokens)
@@ -145,16 +123,32 @@ class Enumerator:
                 continue
             self.columns[layout, chosen] = column_at(layout, offer, case, rate, limited)
 
-    def tighten(self, column: Column, factor: float) -> None:
-        """Lower the operating point of a column's layout: its own bucket set fully, the others half as much."""
+    def tighten(self, column: Column, factor: float, filled: float = 1.0) -> None:
+        """Lower the operating point of a column's layout: its own bucket set fully, the others half as much.
+
+        filled: share of its operating point at which it broke its promise, so that it must be given less than that.
+        """
+        factor *= min(filled, 1.0)
         for key, c in list(self.columns.items()):
             if c.layout == column.layout:
                 rate = c.state.rate * (factor if set(c.buckets) & set(column.buckets) else factor**0.5)
                 limited = c.limited_by if "replay" in c.limited_by else f"{c.limited_by} in replay"
                 case = Case(
-                    c.instance, c.estimator, self.buckets, c.buckets, self.workload, self.objectives, self.reuse
+                    c.instance, c.estimator, self.buckets, c.buckets, self.workload, self.objectives, self.reuse,
+                    self.choices.dealt,
                 )
                 self.columns[key] = column_at(c.layout, c.offer, case, rate, limited)
+
+    def loosen(self, factor: float, known: Collection[Layout]) -> None:
+        """Raise every operating point, where closed forms do not reach and a replay had room to spare; not of `known` layouts,
+        whose limit a replay has shown."""
+        for key, c in list(self.columns.items()):
+            if c.layout in known:
+                continue
+            rate = min(c.state.rate * factor, c.case.most)
+            s = c.instance.state(rate, c.case.mix(rate))
+            if s.feasible and s.utilisation <= MOST_PREFILL:
+                self.columns[key] = column_at(c.layout, c.offer, c.case, rate, c.limited_by)
 
     def select(self, test: Callable[[Column], bool] = lambda c: True) -> list[Column]:
         """Columns that pass a test, without those another of them dominates."""
@@ -171,127 +165,6 @@ def unserved(columns: list[Column], buckets: int) -> list[int]:
         k for k in range(buckets)
         if not any_of("colocated", k) and not (any_of("prefill", k) and any_of("decode", k))
     ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Case:
-    """A set of buckets on one instance: what it sees at a rate, and the rate at which it just keeps every promise."""
-
-    instance: Instance
-    estimator: Estimator
-    buckets: list[Bucket]
-    chosen: tuple[int, ...]
-    workload: Workload
-    objectives: Objectives
-    reuse: Reuse | None
-
-    @property
-    def most(self) -> float:
-        """Requests per second of these buckets together."""
-        return self.workload.rate * sum(self.buckets[k].share for k in self.chosen)
-
-    def replicas(self, rate: float) -> float:
-        """Instances among which the buckets are dealt at so many requests per second each."""
-        return max(1.0, self.most / rate) if rate > 0 else 1.0
-
-    def mix(self, rate: float) -> Mix:
-        """Lengths of the requests, with what the prefix cache beside the running batch holds of them."""
-        return self.seen(bucket_mix(self.buckets, self.chosen), self.chosen, rate)
-
-    def seen(self, mix: Mix, served: tuple[int, ...], rate: float) -> Mix:
-        """A mix of the buckets `served` at `rate` per instance, with its cached tokens.
-
-        A prefix is found whole or not at all, so every point becomes two: found with the bucket's chance, and not. Running
-        requests have the first right to memory, so the cache has what they leave; two rounds settle that.
-        """
-        if self.reuse is None or self.instance.role == "decode":
-            return mix
-        ideal = np.concatenate([_cached(self.buckets[k]) for k in served])
-        owner = self.owner(served)[: mix.input.size]
-        # Prompt tokens that reach one instance, as a share of all: what its cache must keep.
-        tokens = max(rate, _IDLE) * mix.mean(mix.input)
-        parts = max(self.workload.rate * sum(b.share * float(b.input.mean()) for b in self.buckets) / tokens, 1.0)
-        found = np.concatenate([np.minimum(ideal, mix.input - 1), np.zeros_like(ideal)])
-        twice = Mix(np.tile(mix.input, 2), np.tile(mix.output, 2), np.tile(mix.weight, 2), found)
-        left = self.instance.kv_tokens
-        for _ in range(2):
-            chance = self.reuse.share(left, parts)[owner]
-            whole = replace(twice, weight=np.concatenate([mix.weight * chance, mix.weight * (1 - chance)]))
-            s = self.instance.state(max(rate, _IDLE), whole)
-            left = self.instance.kv_tokens * max(1 - s.kv_share, 0.0) if s.feasible else 0.0
-        return whole
-
-    def owner(self, served: tuple[int, ...]) -> np.ndarray:
-        """Bucket of each point of a mix of these buckets, points with found prefixes first."""
-        one = np.repeat(served, [self.buckets[k].input.size for k in served])
-        return one if self.reuse is None or self.instance.role == "decode" else np.concatenate([one, one])
-
-    def judge(self, rate: float) -> Verdict:
-        """The promise that breaks at a rate, or comes nearest to it.
-
-        Dealing requests out in turn among n instances divides the dispersion of each one's arrivals by n; prefix affinity
-        gives the busiest instance more than its share.
-        """
-        mix, replicas = self.mix(rate), self.replicas(rate)
-        uneven = self.reuse.imbalance(replicas) if self.reuse else 1.0
-        s = self.instance.state(rate * uneven, mix)
-        dispersion = self.workload.dispersion / math.floor(replicas)
-        return judge(self.instance, s, mix, self.objectives, dispersion, self.estimator.engine)
-
-    def highest_rate(self, guess: float = 0.0) -> tuple[float, str]:
-        """Highest rate at which every promise is kept (0: none), and what breaks beyond it. guess: where it may lie."""
-        most, beyond = self.most, "the whole load"
-        mix = self.mix(0.0)
-        if self.instance.role != "decode" and self.estimator.engine.frontend is not None:
-            carried = frontend.rate_bound(self.estimator.engine, mix.mean(mix.input), mix.mean(mix.output))
-            if carried < most:
-                most, beyond = carried, "the engine's front end"
-        low = high = min(guess, most) or most
-        verdict = self.judge(high)
-        # From the guess outwards, in growing strides, until one rate holds and a higher one does not.
-        above = below = verdict
-        stride = _STRIDE
-        while not above.broken:
-            if high >= most:
-                return most, beyond
-            low, below = high, above
-            high, stride = min(high * stride, most), stride * stride
-            above = self.judge(high)
-        while below.broken:
-            if low <= _IDLE:
-                return 0.0, ""
-            high, above = low, below
-            low, stride = max(low / stride, _IDLE), stride * stride
-            below = self.judge(low)
-        return self._between(low, below, high, above)
-
-    def _between(self, low: float, below: Verdict, high: float, above: Verdict) -> tuple[float, str]:
-        """The rate where the slack vanishes, by secants kept inside the bracket (Illinois method) on the logarithm."""
-        left, right = below.slack, above.slack
-        while high > low * _PRECISION and below.slack > _TIGHT:
-            part = left / (left - right) if math.isfinite(right) and math.isfinite(left) else 0.5
-            trial = low * (high / low) ** min(max(part, 0.1), 0.9)
-            verdict = self.judge(trial)
-            if verdict.broken:
-                high, above, right, left = trial, verdict, verdict.slack, left / 2
-            else:
-                low, below, left, right = trial, verdict, verdict.slack, right / 2
-        return low, above.name
-
-
-def _cached(bucket: Bucket) -> np.ndarray:
-    return np.zeros(bucket.input.shape) if bucket.cached is None else bucket.cached
-
-
-def serving_instance(built: tuple[Estimator, StepClock], layout: Layout, mix: Mix) -> Instance:
-    """What answers for a layout's percentiles."""
-    e, clock = built
-    room = kv_tokens(e, mix.context)
-    if isinstance(clock, SplitClock):
-        # It answers to the same calls as an Instance.
-        return cast(Instance, SplitInstance(Sides(e, mix.context, layout.prefill_share), room))
-    kind = WholeInstance if isinstance(clock, WholeClock) else Instance
-    return kind(clock, layout.role, room, exposed_per_token(e, clock, mix) if layout.role == "decode" else 0.0)
 
 
 def column_at(layout: Layout, offer: Offer, case: Case, rate: float, limited: str) -> Column:

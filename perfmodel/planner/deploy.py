@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from perfmodel.planner.cells import Cell
+from perfmodel.planner.evaluated import Running
 from perfmodel.planner.pools import Pool
 from perfmodel.spec.choices import Choices
 from perfmodel.spec.deployment import Deployment, PoolSpec, Route
 
 
-def deployment(cell: Cell, choices: Choices) -> dict[str, Any]:
+def deployment(cell: Running, choices: Choices) -> dict[str, Any]:
     """The pools of one service as a `Deployment`, checked by its own rules."""
     pools = tuple(_pool(x, cell, choices) for x in cell.pools)
     whole = Deployment(
@@ -22,7 +22,7 @@ def deployment(cell: Cell, choices: Choices) -> dict[str, Any]:
     return whole.model_dump(mode="json")
 
 
-def _pool(x: Pool, cell: Cell, choices: Choices) -> PoolSpec:
+def _pool(x: Pool, cell: Running, choices: Choices) -> PoolSpec:
     """A pool, and with which weight each range of inputs comes to it."""
     layout = x.column.layout
     served = [int(k) for k in np.flatnonzero(x.rates > 0)]

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from perfmodel.catalog import load_model
 from perfmodel.planner import quality
-from perfmodel.planner.cells import Cell
-from perfmodel.planner.columns import Column
+from perfmodel.planner.columns import Column, Rejected
 from perfmodel.planner.constraints.uptime import enough
 from perfmodel.planner.deploy import deployment
+from perfmodel.planner.evaluated import Running, Served
 from perfmodel.planner.explain import Alternative
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.pools import Pool, promised
 from perfmodel.planner.program import UNITS, nodes_bought
-from perfmodel.planner.verify import replayed_percentile
+from perfmodel.planner.promise import percentile
+from perfmodel.planner.service import stricter
+from perfmodel.planner.verify import replayed_percentile, together
+from perfmodel.serving.queueing import MOST_DISPERSED
 from perfmodel.spec.plan import PlanFile
+from perfmodel.spec.workload import Joint, Limit
 
 if TYPE_CHECKING:
     from perfmodel.planner.run import Plan
@@ -48,6 +54,7 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
         "nodes": _nodes(p),
         "pools": [x for s in services for x in s["pools"]],
         "percentiles": checks,
+        **({"attainment": services[0]["attainment"]} if "attainment" in services[0] else {}),
         "promised": {
             metric: {c["percentile"]: c["promised_s"] for c in checks if c["metric"] == metric} for metric in ("ttft", "tpot")
         },
@@ -56,7 +63,7 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
         "workload": services[0]["workload"],
         "binding": p.binding,
         "alternatives": [_other(a) for a in p.alternatives],
-        "rejected": [{"layout": r.layout.label, "reason": r.reason} for c in p.peak for r in c.service.rejected],
+        "rejected": [_rejected(r, c.service) for c in p.peak for r in c.service.rejected],
         "rounds": p.rounds,
         "solver": {"name": p.solution.solver, "seconds": p.solution.seconds, "plan_seconds": p.seconds},
         "what_if": p.what_if,
@@ -74,50 +81,87 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
     return found
 
 
-def service(cell: Cell) -> dict[str, Any]:
+def service(cell: Running) -> dict[str, Any]:
     """One service at its highest load: pools, percentiles and workload. TTFT is at the client, its site's round trip included."""
     s, w = cell.service, cell.service.workload
-    checks = []
-    for metric in ("ttft", "tpot"):
-        limits = getattr(s.objectives, metric)
-        for name in dict.fromkeys(("p50", *limits, "p95")):
-            share = float(name[1:]) / 100
-            checks.append({
-                "metric": metric, "percentile": name, "limit_s": limits.get(name), "promised_s": _promised(cell, metric, share),
-                "replayed_s": _replayed(cell, metric, share),
-            })  # fmt: skip
-    return {
-        "name": s.name, "model": s.model, "pools": [_pool(x) | {"service": s.name} for x in cell.pools], "percentiles": checks,
+    found = {
+        "name": s.name, "model": s.model, "pools": [_pool(x) | {"service": s.name} for x in cell.pools],
+        "percentiles": percentiles(cell),
         "workload": {
             "described": w.described, "rate_per_s": w.rate, "load": w.load, "dispersion": w.dispersion,
+            "beyond_closed_forms": w.dispersion > MOST_DISPERSED,
             "buckets": [
                 {"input_tokens": [b.low, b.high], "share": b.share, "rate_per_s": w.rate * b.share,
                  "mean_output": float(b.output.mean())} for b in s.buckets
             ],
         },
     }  # fmt: skip
+    if s.objectives.attainment is not None:
+        found["attainment"] = _attainment(cell, s.objectives.attainment)
+    return found
 
 
-def _sites(cell: Cell) -> dict[str, float]:
+def percentiles(cell: Running) -> list[dict[str, Any]]:
+    """Every limit, and the usual percentiles of TTFT and TPOT: in closed form (None where there is none), over the whole
+    replay, and in its worst window. A limit that grows with the input has `limit_s_per_token`, which the values leave out."""
+    checks = []
+    goals = cell.service.objectives
+    for metric in ("ttft", "tpot", "itl", "longest_gap", "e2e"):
+        limits = getattr(goals, metric)
+        usual = ("p50", *limits, "p95") if metric in ("ttft", "tpot") else limits
+        for name in dict.fromkeys(usual):
+            limit = limits.get(name, Limit(0.0))
+            asked = (cell, metric, percentile(name), limit.per_token)
+            checks.append({
+                "metric": metric, "percentile": name, "limit_s": float(limit) if name in limits else None,
+                "promised_s": _promised(*asked), "replayed_s": _replayed(*asked), "worst_s": _replayed(*asked, goals.window),
+                "window_s": goals.window, **({"limit_s_per_token": limit.per_token} if limit.per_token else {}),
+            })  # fmt: skip
+    return checks
+
+
+def _sites(cell: Running) -> dict[str, float]:
     """Round trip of every region in use; the percentile told is that of the worst one."""
     return {x.column.offer.region: x.column.offer.site.rtt for x in cell.pools}
 
 
-def _promised(cell: Cell, metric: str, share: float) -> float:
-    found = []
-    for region, rtt in _sites(cell).items():
+def _promised(cell: Running, metric: str, share: float, per_token: float) -> float | None:
+    worst = 0.0
+    for region in _sites(cell):
         mine = [x for x in cell.pools if x.column.offer.region == region]
-        far = rtt if metric == "ttft" else 0.0
-        found.append(promised(mine, metric, share, cell.service.workload.dispersion) + far)
-    return max(found, default=0.0)
+        found = promised(mine, metric, share, cell.service.workload.dispersion, per_token)
+        if found is None:
+            return None
+        worst = max(worst, found)
+    return worst
 
 
-def _replayed(cell: Cell, metric: str, share: float) -> float:
+def _replayed(cell: Running, metric: str, share: float, per_token: float, window: float = math.inf) -> float:
     found = []
     for region, rtt in _sites(cell).items():
         mine = [x for x in cell.replayed if x.pool.column.offer.region == region]
-        found.append(replayed_percentile(mine, metric, share) + (rtt if metric == "ttft" else 0.0))
+        far = rtt if metric in ("ttft", "e2e") else 0.0
+        found.append(replayed_percentile(mine, metric, share, window, per_token) + far)
     return max(found, default=0.0)
+
+
+def _attainment(cell: Running, joint: Joint) -> dict[str, Any]:
+    """Share of requests that meet both limits, over the whole replay and in its worst window, in the worst region."""
+    goals, whole, worst = cell.service.objectives, 1.0, 1.0
+    for region, rtt in _sites(cell).items():
+        every = together([x for x in cell.replayed if x.pool.column.offer.region == region])
+        near = stricter(goals, rtt).attainment
+        if every is not None and near is not None:
+            met = every.met(near.ttft, near.tpot)
+            whole, worst = min(whole, float(met.mean())), min(worst, every.worst_share(met, joint.share, goals.window))
+    limits = {m: None if x is None else str(x) for m, x in (("ttft", joint.ttft), ("tpot", joint.tpot))}
+    return {"share": joint.share, "replayed_share": whole, "worst_share": worst, "window_s": goals.window, **limits}
+
+
+def _rejected(r: Rejected, s: Served) -> dict[str, Any]:
+    """A refused layout; input_tokens: the lengths it was refused for, None for any."""
+    ends = [s.buckets[min(r.buckets)].low, s.buckets[max(r.buckets)].high] if r.buckets else None
+    return {"layout": r.layout.label, "reason": r.reason, "input_tokens": ends}
 
 
 def spend(p: Plan) -> float | None:
@@ -209,7 +253,7 @@ def power(p: Plan) -> float | None:
     return total
 
 
-def _watts(offer: Offer, count: int, cells: list[Cell]) -> float | None:
+def _watts(offer: Offer, count: int, cells: Sequence[Running]) -> float | None:
     """Watts of the nodes of an offer: at rest, and what running instances add."""
     mine = [x for c in cells for x in c.pools if x.column.offer is offer]
     if not count:
@@ -223,11 +267,11 @@ def _watts(offer: Offer, count: int, cells: list[Cell]) -> float | None:
 def _pool(x: Pool) -> dict[str, Any]:
     c, s = x.column, x.state
     return {
-        "role": c.layout.role, "hardware": c.layout.node, "device": c.offer.machine.device.name,
+        "role": c.layout.role, "hardware": c.layout.node, "offer": c.offer.label, "device": c.offer.machine.device.name,
         "tp": c.layout.tp, "pp": c.layout.pp, "ep": c.layout.ep, "dp": 1, "replicas": x.replicas, "devices": x.devices,
         "weight_dtype": _formats(c), "kv_dtype": c.estimator.formats.kv.name,
         "batch": s.batch, "step_s": s.step, "prefill_utilisation": s.utilisation, "kv_share": s.kv_share,
-        "requests_per_s": x.rate, "requests_per_s_per_replica": x.rate / x.replicas,
+        "requests_per_s": x.rate, "requests_per_s_by_bucket": x.rates.tolist(), "requests_per_s_per_replica": x.rate / x.replicas,
         "highest_rate_per_replica": c.state.rate, "limited_by": c.limited_by,
         "input_tokens": [float(x.mix.input[x.mix.weight > 0].min()), float(x.mix.input[x.mix.weight > 0].max())],
         "provenance": c.estimator.machine.provenance,

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import math
 
+from perfmodel import units
 from perfmodel.errors import Infeasible
+from perfmodel.planner.columns import Rejected
 from perfmodel.planner.optimum import optimise
 from perfmodel.planner.program import Program, Question
 from perfmodel.planner.service import Service
+from perfmodel.spec.workload import Limit
 
 _MARGIN = 1e-6
+_SLACK = 1.05
+"""Factor on a limit that would just be kept without any load."""
 
 
 def no_column(found: Service) -> Infeasible:
     """No layout meets the objectives even without load, or none holds the model."""
     of = f" of {found.name}" if found.name != found.model else ""
-    timed = [r for r in found.rejected if r.best == r.best]
+    timed = [r for r in found.rejected if math.isfinite(r.best)]
     if not timed:
         kept = {r.layout.node: r for r in found.rejected}
         listed = "; ".join(f"{r.layout.label} {r.reason}" for r in kept.values())
@@ -24,20 +29,48 @@ def no_column(found: Service) -> Infeasible:
             nearest="devices with more memory, a narrower weight format, or a larger tp or pp",
             binding=("memory",),
         )
-    metrics = sorted({r.metric for r in timed})
-    parts, changes = [], []
-    for metric in metrics:
-        best = min((r for r in timed if r.metric == metric), key=lambda r: r.best)
-        name, p = metric.split(".")
-        parts.append(f"{name.upper()} {p}: {best.layout.label}, {best.reason}")
-        far = min((o.site.rtt for o in found.offers if o.label == best.layout.node), default=0.0) if name == "ttft" else 0.0
-        slower = found.slower.get(best.layout.node, 1.0)
-        changes.append(f"{name.upper()} {p} of {(best.best * slower * 1.05 + far) * 1e3:,.0f} ms ({best.layout.label})")
+    nearest = _nearest(found, timed)
     return Infeasible(
-        f"no layout meets the objectives{of}, the best being " + "; ".join(parts),
-        nearest=" and ".join(changes),
-        binding=tuple(metrics),
+        f"no layout meets the objectives{of}, the best being "
+        + "; ".join(f"{_shown(metric)}: {r.layout.label}, {r.reason}" for metric, r in nearest.items()),
+        nearest=" and ".join(_change(found, metric, r) for metric, r in nearest.items()),
+        binding=tuple(nearest),
     )
+
+
+def _nearest(found: Service, timed: list[Rejected]) -> dict[str, Rejected]:
+    """By metric, the rejected layout that comes nearest, in the unserved bucket that is hardest to serve."""
+    nearest: dict[str, Rejected] = {}
+    for k in found.unserved():
+        mine = [r for r in timed if k in r.buckets]
+        for metric in sorted({r.metric for r in mine}):
+            best = min((r for r in mine if r.metric == metric), key=lambda r: r.best)
+            if metric not in nearest or best.best > nearest[metric].best:
+                nearest[metric] = best
+    return nearest
+
+
+def _shown(metric: str) -> str:
+    """``ttft.p99.9`` as TTFT p99.9, ``longest gap.p95`` as longest gap p95."""
+    name, _, share = metric.partition(".")
+    return f"{name.upper() if len(name) <= 4 else name} {share}".rstrip()
+
+
+def _change(found: Service, metric: str, r: Rejected) -> str:
+    """The looser limit that a rejected layout would keep, at the client and at the asked confidence."""
+    if metric == "attainment":
+        joint = found.objectives.attainment
+        assert joint is not None
+        limits = [(n, x) for n, x in (("TTFT", joint.ttft), ("TPOT", joint.tpot)) if x is not None]
+        wanted = " and ".join(f"{n} {Limit(x * r.best * _SLACK, x.per_token * r.best * _SLACK)}" for n, x in limits)
+        return f"joint limits of {wanted} ({r.layout.label})"
+    name, _, share = metric.partition(".")
+    field = {"longest gap": "longest_gap", "end to end": "e2e"}.get(name, name)
+    far = min((o.site.rtt for o in found.offers if o.label == r.layout.node), default=0.0) if field in ("ttft", "e2e") else 0.0
+    slower = found.slower.get(r.layout.node, 1.0)
+    slope = getattr(found.objectives, field)[share].per_token
+    more = f" + {units.show(slope, 'time')}/token" if slope else ""
+    return f"{_shown(metric)} of {(r.best * slower * _SLACK + far) * 1e3:,.0f} ms{more} ({r.layout.label})"
 
 
 def nearest_change(question: Question) -> Infeasible:

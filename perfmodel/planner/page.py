@@ -10,6 +10,8 @@ from perfmodel.spec.plan import PlanFile
 if TYPE_CHECKING:
     from perfmodel.planner.run import Plan, PlanRun
 
+METRICS = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "longest_gap": "longest gap", "e2e": "end to end"}
+
 
 def text(run: PlanRun) -> str:
     """Every plan of the run, one page each."""
@@ -25,10 +27,7 @@ def _page(spec: PlanFile, p: Plan) -> str:
     models = {s["name"]: s["model"] for s in d.get("services", ())}
     lines += [_pool_line(models.get(x["service"], d["model"]), x) for x in d["pools"]]
     lines += [_cost_line(d), *_extra_lines(d)]
-    for s in d.get("services", [d]):
-        title = s["name"] if "services" in d else ""
-        lines += ["", f"  {title[:22]:22}{'limit':>10}{'closed form':>14}{'replayed':>12}"]
-        lines += [_percentile_line(c) for c in s["percentiles"]]
+    lines += ["", *_percentile_lines(d)]
     lines += [
         "",
         f"  Proof  {d['status']}: {d['objective_value']:,.2f} {unit}, bound {d['bound']:,.2f}, gap {d['gap']:.2%},",
@@ -74,10 +73,42 @@ def _cost_line(d: dict[str, Any]) -> str:
     return "  Cost   " + "; ".join(parts)
 
 
+def percentiles(d: dict[str, Any]) -> str:
+    """The load of a plan, and its limits with closed forms and replay."""
+    w = d["workload"]
+    return "\n".join((f"Load x{w['load']:g}: {w['rate_per_s']:.2f} requests/s  ({w['described']})", "", *_percentile_lines(d)))
+
+
+def _percentile_lines(d: dict[str, Any]) -> list[str]:
+    lines: list[str] = []
+    for s in d.get("services", [d]):
+        title = s["name"] if "services" in d else ""
+        lines += [""] if lines else []
+        lines += [f"  {title[:22]:22}{'limit':>10}{'closed form':>14}{'replayed':>12}{'worst window':>14}"]
+        lines += [_percentile_line(c) for c in s["percentiles"]]
+        lines += [_attainment_line(s["attainment"])] if "attainment" in s else []
+        if s["workload"].get("beyond_closed_forms"):
+            lines.append("  Arrivals come in bursts beyond the closed forms, which only began the search: the replay decided.")
+    return lines
+
+
 def _percentile_line(c: dict[str, Any]) -> str:
-    limit = f"{c['limit_s'] * 1e3:,.0f} ms" if c["limit_s"] is not None else "-"
-    name = f"{c['metric'].upper()} {c['percentile']}"
-    return f"  {name:22}{limit:>10}{c['promised_s'] * 1e3:>11,.0f} ms{c['replayed_s'] * 1e3:>9,.0f} ms"
+    limit = "-" if c["limit_s"] is None else _ms(c["limit_s"])
+    name = f"{METRICS[c['metric']]} {c['percentile']}"
+    more = f"  + {c['limit_s_per_token'] * 1e3:g} ms per input token" if "limit_s_per_token" in c else ""
+    return f"  {name:22}{limit:>10}{_ms(c['promised_s']):>14}{_ms(c['replayed_s']):>12}{_ms(c['worst_s']):>14}{more}"
+
+
+def _ms(x: float | None) -> str:
+    return "-" if x is None else f"{x * 1e3:,.0f} ms"
+
+
+def _attainment_line(x: dict[str, Any]) -> str:
+    limits = ", ".join(f"{METRICS[m]} {x[m]}" for m in ("ttft", "tpot") if x[m] is not None)
+    return (
+        f"  {limits} together: {x['replayed_share']:.2%} of the requests in the replay, {x['worst_share']:.2%} in its worst "
+        f"window (asked {x['share']:.0%})"
+    )
 
 
 def _period_line(x: dict[str, Any]) -> str:
@@ -102,7 +133,7 @@ def what_if_lines(found: dict[str, Any], unit: str) -> list[str]:
     """Sensitivities, one a line."""
     lines = []
     for x in found.get("limits", ()):
-        name = f"{x['metric'].upper()} {x['percentile']}"
+        name = f"{METRICS[x['metric']]} {x['percentile']}"
         now, then = _seconds(x["limit_s"]), _seconds(x["looser_s"])
         lines.append(f"{name} {now} -> {then}: {_change(x, unit, least=True)}")
     for x in found.get("prices", ()):

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from perfmodel.planner.columns import Column, Layout, bucket_mix
-from perfmodel.planner.promise import before_engine, judge
+from perfmodel.planner.case import bucket_mix
+from perfmodel.planner.columns import Column
+from perfmodel.planner.layout import Layout
+from perfmodel.planner.promise import judge, promises
+from perfmodel.serving import arrivals
 from perfmodel.serving.queueing import Mix, State
 from perfmodel.serving.workload import Bucket
-from perfmodel.spec.workload import Objectives
+from perfmodel.spec.workload import Limit, Objectives
+
+FIRST_TOKENS, OTHER_TOKENS = ("colocated", "prefill"), ("colocated", "decode")
+"""Roles that compute them."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,13 @@ class Pool:
     @property
     def rate(self) -> float:
         return float(self.rates.sum())
+
+    @property
+    def filled(self) -> float:
+        """Share of its column's operating point that it is given: of the scarcest of time, batch and cached tokens."""
+        c, served = self.column, self.rates > 0
+        rooms = ((c.prefill_s, c.state.utilisation), (c.decode_s, c.state.batch), (c.kv_token_s, c.kv_limit))
+        return max(float(self.rates[served] @ need[served]) / (self.replicas * room) for need, room in rooms if room > 0)
 
     @property
     def devices(self) -> int:
@@ -88,29 +102,44 @@ def _merged(parts: list[Pool], buckets: list[Bucket]) -> Pool:
 def missed(pool: Pool, objectives: Objectives, dispersion: float) -> str:
     """What the closed forms say a pool misses at its real mix; empty when nothing."""
     c = pool.column
-    verdict = judge(c.instance, pool.state, pool.mix, objectives, dispersion / pool.replicas, c.estimator.engine)
+    each = arrivals.dealt(dispersion, pool.replicas, c.case.by_chance)
+    verdict = judge(c.instance, pool.state, pool.mix, objectives, each, c.estimator.engine)
     return verdict.name if verdict.broken else ""
 
 
-def within(pool: Pool, metric: str, seconds: float, dispersion: float) -> float:
-    """Share of a pool's requests whose ttft or tpot is within so many seconds, front end included."""
-    i, s, mix = pool.column.instance, pool.state, pool.mix
-    if metric == "tpot":
-        return i.tpot_met(seconds, s, mix, dispersion / pool.replicas)
-    outside = before_engine(pool.column.estimator.engine, s, mix)
-    return i.ttft_met(seconds - outside, s, mix, dispersion / pool.replicas)
+def closed_form(pool: Pool, metric: str, dispersion: float, per_token: float = 0.0) -> Callable[[float], float] | None:
+    """Share of a pool's requests (itl: tokens) whose metric, at the client, is within so many seconds; None where no closed
+    form says."""
+    c = pool.column
+    goals = Objectives(**{metric: {"p50": Limit(1.0, per_token)}})
+    if metric == "e2e" and c.layout.role != "colocated":
+        return None  # each side of a hand-off knows its own part
+    each = arrivals.dealt(dispersion, pool.replicas, c.case.by_chance)
+    found = promises(c.instance, pool.state, pool.mix, goals, each, c.estimator.engine)
+    far = c.offer.site.rtt if metric in ("ttft", "e2e") else 0.0
+    return next((lambda t, met=x.met: met(t - far) for x in found), None)
 
 
-def promised(chosen: list[Pool], metric: str, p: float, dispersion: float) -> float:
-    """Closed-form percentile over all requests of the plan: the t at which the pools' met shares average to p."""
-    role = "decode" if metric == "ttft" else "prefill"
-    parts = [x for x in chosen if x.column.layout.role != role]
+def answers(role: str, metric: str) -> bool:
+    """Whether pools of a role decide a metric: prefill pools the first token, decode pools the others."""
+    return role in (FIRST_TOKENS if metric in ("ttft", "e2e") else OTHER_TOKENS)
+
+
+def promised(chosen: list[Pool], metric: str, p: float, dispersion: float, per_token: float = 0.0) -> float | None:
+    """Closed-form percentile over all requests of the plan: the t at which the pools' met shares average to p.
+
+    None where a pool has no closed form for the metric. per_token: seconds granted for each input token beside t.
+    """
+    parts = [x for x in chosen if answers(x.column.layout.role, metric)]
+    forms = [closed_form(x, metric, dispersion, per_token) for x in parts]
     total = sum(x.rate for x in parts)
     if total == 0:
         return 0.0
+    if None in forms:
+        return None
 
     def met(t: float) -> float:
-        return sum(x.rate / total * within(x, metric, t, dispersion) for x in parts)
+        return sum(x.rate / total * form(t) for x, form in zip(parts, forms, strict=True) if form is not None)
 
     low, high = 0.0, 1e-3
     while met(high) < p:

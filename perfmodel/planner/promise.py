@@ -11,12 +11,15 @@ import numpy as np
 
 from perfmodel.serving import frontend, goodput
 from perfmodel.serving.queueing import Instance, Mix, State, invert
+from perfmodel.serving.split import SplitState
 from perfmodel.spec.calibration import Engine
 from perfmodel.spec.workload import Objectives
 
 MOST_PREFILL = 0.9
 """Share of its time an instance may plan to spend on prefill: closer to one, waits depend on the last request."""
 _ROUNDING = 1e-3
+_BURSTY = 2.0
+"""Dispersion up to which the memory margin of a steady state (mean and two sigma) is enough."""
 _IDLE = 1e-4
 
 
@@ -40,60 +43,61 @@ def percentile(name: str) -> float:
     return float(name[1:]) / 100
 
 
-def before_engine(engine: Engine, s: State, mix: Mix) -> np.ndarray:
-    """Seconds of each request outside the engine's steps: tokeniser and API server, and waiting for the latter."""
-    alone = frontend.unloaded(engine, mix.input)
-    if engine.frontend is None:
-        return alone
-    lengths = mix.mean(mix.input), mix.mean(mix.output)
-    if s.rate >= frontend.capacity(engine, *lengths).rate:
-        return np.full(mix.input.shape, math.inf)
-    return alone + frontend.waiting(engine, s.rate, *lengths, s.step if math.isfinite(s.step) else 0.0)
-
-
 def promises(
-    instance: Instance, s: State, mix: Mix, goals: Objectives, dispersion: float, engine: Engine
+    instance: Instance, s: State | SplitState, mix: Mix, goals: Objectives, dispersion: float, engine: Engine
 ) -> Iterator[Promise]:
-    """What an instance of this role answers for. A hand-off splits a joint share evenly between both sides."""
+    """What an instance of this role answers for. A hand-off splits a joint share evenly between both sides, and an end-to-end
+    limit as their work without load."""
     first, later = instance.role != "decode", instance.role != "prefill"
-    outside = before_engine(engine, s, mix) if first else np.zeros(mix.input.shape)
+    outside = frontend.before_engine(engine, s, mix) if first else np.zeros(mix.input.shape)
+    # Where devices are split between the phases, each side has laws of its own.
+    if isinstance(s, SplitState):
+        front, ahead, back, after = s.prefill, s.first, s.decode, s.later
+    else:
+        front, ahead, back, after = instance, s, instance, s
 
     def ttft(t: float, per_token: float = 0.0) -> float:
-        return instance.ttft_met(t + per_token * mix.input - outside, s, mix, dispersion)
+        return front.ttft_met(t + per_token * mix.input - outside, ahead, mix, dispersion)
 
     for name, limit in goals.ttft.items() if first else ():
         yield Promise(f"TTFT {name}", percentile(name), float(limit), partial(ttft, per_token=limit.per_token))
     for name, limit in goals.tpot.items() if later else ():
-        yield Promise(f"TPOT {name}", percentile(name), float(limit), lambda t: instance.tpot_met(t, s, mix, dispersion))
-    if not isinstance(instance, Instance):
-        return
+        yield Promise(f"TPOT {name}", percentile(name), float(limit), lambda t: back.tpot_met(t, after, mix, dispersion))
     for name, limit in goals.itl.items() if later else ():
-        yield Promise(
-            f"ITL {name}", percentile(name), float(limit), lambda t: goodput.itl_met(instance, t, s, mix, dispersion)
-        )
+        yield Promise(f"ITL {name}", percentile(name), float(limit), lambda t: goodput.itl_met(back, t, after, mix, dispersion))
     for name, limit in goals.longest_gap.items() if later else ():
         yield Promise(
             f"longest gap {name}", percentile(name), float(limit),
-            lambda t: goodput.longest_gap_met(instance, t, s, mix, dispersion),
+            lambda t: goodput.longest_gap_met(back, t, after, mix, dispersion),
         )  # fmt: skip
-    for name, limit in goals.e2e.items() if first and later else ():
+    both = first and later
 
-        def e2e(t: float, k: float = limit.per_token) -> float:
-            decoding = mix.steps * instance.law(s, mix, dispersion).decoding.tpot
-            return instance.ttft_met(t + k * mix.input - outside - decoding, s, mix, dispersion)
+    def e2e(t: float, per_token: float = 0.0) -> float:
+        limit = t + per_token * mix.input
+        if both:
+            decoding = mix.steps * back.law(after, mix, dispersion).decoding.tpot
+            return front.ttft_met(limit - outside - decoding, ahead, mix, dispersion)
+        work = front.clock.prefill_work(mix.input, 0.0, 0.0)
+        decoding = mix.steps * front.clock.decode(1, mix.context)
+        if first:
+            return front.ttft_met(limit * work / (work + decoding) - outside, ahead, mix, dispersion)
+        each = limit * decoding / (work + decoding) / np.maximum(mix.steps, 1.0)
+        return mix.mean(back.tpot_shares(each, after, mix, dispersion))
 
-        yield Promise(f"end to end {name}", percentile(name), float(limit), e2e)
+    for name, limit in goals.e2e.items():
+        p = percentile(name) if both else math.sqrt(percentile(name))
+        yield Promise(f"end to end {name}", p, float(limit), partial(e2e, per_token=limit.per_token))
     joint = goals.attainment
     if joint is None:
         return
-    p = joint.share if first and later else math.sqrt(joint.share)
+    p = joint.share if both else math.sqrt(joint.share)
 
     def together(stretch: float) -> float:
         met = np.ones(mix.input.shape)
         if joint.ttft is not None and first:
-            met = met * instance.ttft_shares(stretch * joint.ttft.at(mix.input) - outside, s, mix, dispersion)
+            met = met * front.ttft_shares(stretch * joint.ttft.at(mix.input) - outside, ahead, mix, dispersion)
         if joint.tpot is not None and later:
-            met = met * instance.tpot_shares(stretch * float(joint.tpot), s, mix, dispersion)
+            met = met * back.tpot_shares(stretch * float(joint.tpot), after, mix, dispersion)
         return mix.mean(met)
 
     yield Promise("attainment", p, 1.0, together)
@@ -125,8 +129,10 @@ def judge(
         if slack < tightest.slack:
             tightest = Verdict(x.name, slack)
         if slack < 0:
-            break
-    return tightest
+            return tightest
+    # In bursts requests wait for memory or a slot, or lose their cache: misses that these forms do not count.
+    refused = instance.refused(s, mix, dispersion) if dispersion > _BURSTY else ""
+    return Verdict(refused.partition(":")[0], -math.inf) if refused else tightest
 
 
 def why_never(instance: Instance, mix: Mix, goals: Objectives, engine: Engine) -> tuple[str, str, float]:

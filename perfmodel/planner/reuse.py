@@ -13,8 +13,23 @@ from perfmodel.serving.workload import Bucket, Workload, bucket_of
 from perfmodel.spec.deployment import Routing
 
 _SIZES = 48
+_STEP = 4
+"""Between numbers of replicas that tables are made for."""
+_MOST_REPLICAS = 256
 _LARGEST_GUARD = 1.25
 """Work of a replica over the mean beyond which an affine router passes a request on."""
+
+
+_KNOWN: list[Reuse] = []
+
+
+def reuse_of(workload: Workload, buckets: list[Bucket], routing: Routing) -> Reuse:
+    """The table of a workload, made once: every node type asks the same one."""
+    for known in _KNOWN:
+        if known.same(workload, buckets, routing):
+            return known
+    _KNOWN[:] = [*_KNOWN[-3:], Reuse(workload, buckets, routing)]
+    return _KNOWN[-1]
 
 
 class Reuse:
@@ -31,7 +46,7 @@ class Reuse:
                 "prefix_caching: false",
                 path="choices.prefix_caching",
             )
-        self._routing, self._seed, self._now = routing, seed, workload.requests
+        self._routing, self._seed, self._now, self._of = routing, seed, workload.requests, buckets
         before = workload.before
         self._every = workload.requests if before is None else Requests.join([before, workload.requests])
         self._skip = len(self._every) - len(workload.requests)
@@ -42,6 +57,10 @@ class Reuse:
         self._sizes = np.geomspace(max(total * 1e-4, 1.0), max(2 * total, 2.0), _SIZES)
         self._tables: dict[int, np.ndarray] = {}
         self._uneven: dict[int, float] = {}
+
+    def same(self, workload: Workload, buckets: list[Bucket], routing: Routing) -> bool:
+        """Whether this is the table of that workload and router."""
+        return self._now is workload.requests and self._of is buckets and self._routing == routing
 
     def _found(self, uses: prefix.Uses, capacity: float) -> np.ndarray:
         """Tokens found by bucket in a cache of `capacity` tokens."""
@@ -61,10 +80,11 @@ class Reuse:
         """Share of the ideally cached tokens that a replica's cache of `cache_tokens` tokens holds [bucket]."""
         if cache_tokens <= 0:
             return np.zeros(self._count)
-        low = 2 ** math.floor(math.log2(max(replicas, 1)))
-        between = math.log2(max(replicas, 1) / low)
+        wanted = min(max(replicas, 1.0), _MOST_REPLICAS)
+        low = _STEP ** math.floor(math.log(wanted, _STEP) + 1e-9)
+        between = math.log(wanted / low, _STEP)
         ends = []
-        for n in (low, 2 * low) if between > 0 else (low,):
+        for n in (low, _STEP * low) if between > 1e-9 else (low,):
             table = self._table(n)
             x = np.log(max(cache_tokens, self._sizes[0] * 1e-3))
             sizes = np.concatenate([[np.log(self._sizes[0] * 1e-3)], np.log(self._sizes)])
@@ -75,7 +95,7 @@ class Reuse:
 
     def imbalance(self, replicas: float) -> float:
         """Work of the busiest replica over that under random routing; what prefix affinity costs."""
-        n = 2 ** round(math.log2(max(replicas, 1)))
+        n = 2 ** round(math.log2(min(max(replicas, 1), _MOST_REPLICAS)))
         if n not in self._uneven:
             self._uneven[n] = prefix.imbalance(self._now, n, self._routing, guard=_LARGEST_GUARD, seed=self._seed)
         return self._uneven[n]

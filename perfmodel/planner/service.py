@@ -9,32 +9,24 @@ from typing import Any
 
 import numpy as np
 
-from perfmodel.planner.columns import Column, Enumerator, Rejected, percentile, unserved
-from perfmodel.planner.layout import Built, Layout
+from perfmodel.planner.columns import Column, Enumerator, Rejected, unserved
+from perfmodel.planner.evaluated import Served
+from perfmodel.planner.layout import Layout
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.program import Demand
-from perfmodel.serving.workload import Bucket, Workload
-from perfmodel.spec.choices import Choices
+from perfmodel.planner.promise import percentile
 from perfmodel.spec.fleet import Startup
 from perfmodel.spec.workload import Joint, Limit, Objectives
 
 
 @dataclass
-class Service:
+class Service(Served):
     """Columns of one service at one load.
 
     slower: by offer label, the factor by which all its times may exceed the expected ones at the asked confidence. Scaling every
     time by f is the same as scaling the rate by f and the limits by 1/f, which is how columns at that factor are found.
     """
 
-    name: str
-    model: str
-    workload: Workload
-    buckets: list[Bucket]
-    objectives: Objectives
-    choices: Choices
-    offers: list[Offer]
-    built: dict[Layout, Built]
     startup: Startup | None = None
     slower: Mapping[str, float] = field(default_factory=dict)
     found: dict[str, Enumerator] = field(default_factory=dict)
@@ -46,7 +38,7 @@ class Service:
                 self.found[offer.label] = self._enumerate(offer)
         # Spot capacity runs the same layouts; without steady terms it is enumerated for itself.
         for offer in self.offers:
-            if offer.spot and self._steady(offer) is None:
+            if offer.spot and self.steady(offer) is None:
                 self.found[offer.label] = self._enumerate(offer)
 
     def _enumerate(self, offer: Offer) -> Enumerator:
@@ -56,17 +48,10 @@ class Service:
             replace(self.workload, rate=self.workload.rate * f), self.buckets, self.built,
         )  # fmt: skip
 
-    def _steady(self, offer: Offer) -> Offer | None:
-        return next((o for o in self.offers if o.item == offer.item and not o.spot), None)
-
     @property
     def rates(self) -> list[float]:
         """Requests per second of each bucket."""
         return [self.workload.rate * b.share for b in self.buckets]
-
-    @property
-    def layouts(self) -> list[Layout]:
-        return [x for e in self.found.values() for x in e.layouts]
 
     @property
     def rejected(self) -> list[Rejected]:
@@ -83,7 +68,7 @@ class Service:
         """
         result = []
         for offer in self.offers:
-            home = self._steady(offer) if offer.spot else offer
+            home = self.steady(offer) if offer.spot else offer
             enumerator = self.found[(home or offer).label]
             f = self.slower.get((home or offer).label, 1.0)
             kept = enumerator.select(test)
@@ -107,10 +92,10 @@ class Service:
         """Buckets that nothing on the fleet list serves."""
         return unserved(self.select(), len(self.buckets))
 
-    def tighten(self, column: Column, factor: float) -> None:
+    def tighten(self, column: Column, factor: float, filled: float = 1.0) -> None:
         """Lower the operating point of a column's layout."""
-        home = self._steady(column.offer) if column.offer.spot else column.offer
-        self.found[(home or column.offer).label].tighten(column, factor)
+        home = self.steady(column.offer) if column.offer.spot else column.offer
+        self.found[(home or column.offer).label].tighten(column, factor, filled)
 
     def demand(self, columns: list[Column], goal: float | None = None) -> Demand:
         """What the integer program is asked to serve. goal: percentile whose latency is minimised."""
@@ -121,7 +106,7 @@ class Service:
         """Seconds to the last token of a request of each bucket, each part at its percentile, at the operating point."""
         ttft = tpot = 0.0
         if c.layout.role != "decode":
-            pooled = self.workload.dispersion / max(1.0, math.floor(self.workload.rate / max(c.state.rate, 1e-9)))
+            pooled = c.case.dispersion(max(1.0, math.floor(self.workload.rate / max(c.state.rate, 1e-9))))
             ttft = c.instance.ttft_quantile(p, c.instance.state(c.state.rate, c.mix), c.mix, pooled) + c.offer.site.rtt
         if c.layout.role != "prefill":
             tpot = c.instance.tpot_quantile(p, c.instance.state(c.state.rate, c.mix), c.mix)

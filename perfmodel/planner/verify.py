@@ -9,8 +9,8 @@ from functools import cached_property, partial
 
 import numpy as np
 
-from perfmodel.planner.columns import Column, percentile
-from perfmodel.planner.pools import Pool
+from perfmodel.planner.pools import FIRST_TOKENS, Pool, answers
+from perfmodel.planner.promise import percentile
 from perfmodel.planner.transfer import slowest_link
 from perfmodel.serving import frontend, prefix
 from perfmodel.serving.replay import Fleet, Outcome, Settings
@@ -22,7 +22,6 @@ from perfmodel.spec.workload import Limit, Objectives
 
 MOST_REPLAYED = 60_000
 """Requests of one replay: about two seconds."""
-_FIRST_TOKENS, _OTHER_TOKENS = ("colocated", "prefill"), ("colocated", "decode")
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Replayed:
 
     def answers_for(self, metric: str) -> bool:
         """Whether this pool decides the metric: prefill pools the first token, decode pools the others."""
-        return self.pool.column.layout.role in (_FIRST_TOKENS if metric in ("ttft", "e2e") else _OTHER_TOKENS)
+        return answers(self.pool.column.layout.role, metric)
 
 
 def replay(
@@ -66,7 +65,7 @@ def replay(
     found = prefix.uses(requests).cached(math.inf, len(requests)) if "cached" in choices.bucket_by else None
     bucket = bucket_of(buckets, requests, found)
     roles = [x.column.layout.role for x in chosen]
-    first = _assign([r in _FIRST_TOKENS for r in roles], chosen, bucket, rng)
+    first = _assign([r in FIRST_TOKENS for r in roles], chosen, bucket, rng)
     later = _assign([r == "decode" for r in roles], chosen, bucket, rng)
     front = frontend.unloaded(chosen[0].column.estimator.engine, requests.input)
     outcome = fleet(chosen, factor, choices).run(requests, seed=seed, front=front, assigned=(first, later))
@@ -114,30 +113,36 @@ def _assign(able: list[bool], chosen: list[Pool], bucket: np.ndarray, rng: np.ra
     return np.where(total[bucket] > 0, np.minimum(place, max((i for i, ok in enumerate(able) if ok), default=0)), -1)
 
 
-def replayed_percentile(results: list[Replayed], metric: str, p: float, window: float = math.inf) -> float:
-    """Percentile over the requests of all pools that decide the metric, in the worst window of that length [s]."""
-    together = _together([x for x in results if x.answers_for(metric)])
-    return together.worst_window(metric, p, window)[0] if together is not None else 0.0
+def replayed_percentile(
+    results: list[Replayed], metric: str, p: float, window: float = math.inf, per_token: float = 0.0
+) -> float:
+    """Percentile over the requests of all pools that decide the metric, in the worst window of that length [s].
+
+    per_token: seconds granted for each input token, which do not count.
+    """
+    found = together([x for x in results if x.answers_for(metric)])
+    return found.worst_window(metric, p, window, per_token)[0] if found is not None else 0.0
 
 
-def _together(parts: list[Replayed]) -> Outcome | None:
+def together(parts: list[Replayed]) -> Outcome | None:
+    """The requests of some pools of one replay."""
     return parts[0].whole.take(np.any([x.mine for x in parts], axis=0)) if parts else None
 
 
-def broken(results: list[Replayed], objectives: Objectives) -> list[tuple[Column, str]]:
-    """Columns whose own requests miss a limit, where the plan as a whole misses it; preempted requests count as misses."""
-    found: list[tuple[Column, str]] = []
+def broken(results: list[Replayed], objectives: Objectives) -> list[tuple[Pool, str]]:
+    """Pools whose own requests miss a limit, where the plan as a whole misses it; preempted requests count as misses."""
+    found: list[tuple[Pool, str]] = []
     for metric, what, p, good in _promises(objectives):
         parts = [x for x in results if x.answers_for(metric)]
-        together = _together(parts)
-        if together is None or together.worst_share(good(together), p, objectives.window) >= p:
+        every = together(parts)
+        if every is None or every.worst_share(good(every), p, objectives.window) >= p:
             continue
         own = [x for x in parts if x.outcome.worst_share(good(x.outcome), p, objectives.window) < p]
-        found += [(x.pool.column, what) for x in own or parts]
+        found += [(x.pool, what) for x in own or parts]
     for name, limit in objectives.itl.items():
         parts = [x for x in results if x.answers_for("itl")]
         if parts and parts[0].whole.worst_window("itl", percentile(name), objectives.window)[0] > limit:
-            found += [(x.pool.column, f"itl {name}") for x in parts]
+            found += [(x.pool, f"itl {name}") for x in parts]
     return found
 
 

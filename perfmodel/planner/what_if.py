@@ -144,14 +144,14 @@ def with_offer(question: Question, t: int, new: Offer) -> Question:
 
 
 def _entry_price(question: Question, best: Optimum, t: int, price: float) -> dict[str, Any]:
-    """Highest price (to 4 %) at which an offer that is not bought now would be."""
+    """Highest price (to 2 %) at which an offer that is not bought now would be."""
     reduced = best.relaxed.reduced.get(f"N_{t}_0_0", 0.0) / question.offers[t].block
     low, high = 0.0, 1.0
     guess = max(1 - reduced / price, 0.0)
     for _ in range(6):
         factor = guess if low == 0.0 and high == 1.0 and 0.02 < guess < 0.98 else (low + high) / 2
         low, high = (factor, high) if _buys(_at_price(question, t, factor), t) else (low, factor)
-        if high - low < 0.04:
+        if high - low < 0.02:
             break
     entered = low > 0
     return {

@@ -9,8 +9,9 @@ from typing import Any
 import plotly.graph_objects as go
 
 from perfmodel.machine import Machine
+from perfmodel.planner.page import METRICS
 from perfmodel.report import series
-from perfmodel.report.text import METRICS, letter, money, number, percent, plain, seconds
+from perfmodel.report.text import letter, money, number, percent, plain, seconds
 from perfmodel.serving.workload import Bucket
 
 COLOURS = tuple(f"var(--c{i})" for i in range(1, 9))
@@ -369,16 +370,20 @@ def lengths(inputs: series.Line, outputs: series.Line, buckets: Sequence[Bucket]
 
 
 def alternatives(names: Sequence[str], values: Sequence[float], best: float, unit: str) -> go.Figure:
-    """Objective of each alternative that carries the load, cheapest first; the first bar is the chosen plan."""
+    """Objective of each alternative that carries the load, the best first; the first bar is the chosen plan."""
+
+    def apart(value: float) -> bool:
+        return abs(value - best) > 1e-4 * abs(best)
+
     figure = _figure(
         60 + 46 * len(names), bargap=0.62, xaxis={"title": {"text": unit}, "range": [0, max(values) * 1.02]}
     )
     figure.add_bar(
         y=list(range(len(names))), x=list(values), orientation="h", showlegend=False,
-        marker={"color": ["var(--c3)"] + ["var(--c1)" if v > best * (1 + 1e-4) else "var(--c5)" for v in values[1:]]},
+        marker={"color": ["var(--c3)"] + ["var(--c1)" if apart(v) else "var(--c5)" for v in values[1:]]},
         hovertext=[f"{plain(n)}: {money(v)} {unit}" for n, v in zip(names, values, strict=True)], hoverinfo="text",
     )  # fmt: skip
-    more = [f" ({(v - best) / best:+.0%})" if v > best * (1 + 1e-4) else "" for v in values]
+    more = [f" ({(v - best) / best:+.0%})" if apart(v) else "" for v in values]
     labels = [f"{n}: {money(v)} {unit}{extra}" for n, v, extra in zip(names, values, more, strict=True)]
     _bar_labels(figure, labels, shown=0.2)
     return figure

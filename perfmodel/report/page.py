@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +17,7 @@ from markupsafe import Markup
 
 from perfmodel import __version__, catalog
 from perfmodel.errors import SpecError, did_you_mean
-from perfmodel.planner.run import PlanRun
+from perfmodel.planner.evaluated import Run
 from perfmodel.report import sections  # registers the sections
 from perfmodel.report.blocks import SECTIONS, Block, Chart, Fold, Section
 from perfmodel.report.figures import TEMPLATE
@@ -46,14 +47,25 @@ class Recipe(Spec):
     sections: tuple[Entry, ...]
 
 
-def write(run: PlanRun, out: str | Path, recipe: str | Path | None = None) -> Path:
-    """Write report.html and plan.json into the folder `out` and return the page's path.
+def write(run: Run, out: str | Path, recipe: str | Path | None = None, *, data: bool = True) -> Path:
+    """Write report.html, and plan.json unless `data` is false, into the folder `out` and return the page's path.
 
     recipe: a recipe file, else the catalogue's `reports/plan.yaml`. Raises SpecError where the recipe is wrong or
     the folder cannot be written.
     """
     source = Path(recipe) if recipe is not None else catalog.root("reports") / "plan.yaml"
-    return save(Path(out), {"plan.json": json_text(run.data), "report.html": render(run, source)})
+    plan = {"plan.json": json_text(_from(run.data, Path(out)))} if data else {}
+    return save(Path(out), plan | {"report.html": render(run, source)})
+
+
+def _from(data: dict[str, Any], out: Path) -> dict[str, Any]:
+    """The plan's data, with the folder of its request as seen from the folder it is written to."""
+    folder = Path(data["request"]["folder"]).absolute()
+    try:
+        seen = Path(os.path.relpath(folder, out.absolute()))
+    except ValueError:  # on another drive
+        seen = folder
+    return data | {"request": data["request"] | {"folder": seen.as_posix()}}
 
 
 def save(folder: Path, files: Mapping[str, str]) -> Path:
@@ -76,7 +88,7 @@ def json_text(data: Any) -> str:
     return json.dumps(_plain(data), indent=1, allow_nan=False) + "\n"
 
 
-def render(run: PlanRun, source: Path) -> str:
+def render(run: Run, source: Path) -> str:
     """The page as text."""
     recipe = read_recipe(source, SECTIONS)
     charts: dict[str, Any] = {}
@@ -87,7 +99,7 @@ def render(run: PlanRun, source: Path) -> str:
             "id": _slug(f"load-{p.workload.load:g}"),
             "tab": f"Load ×{p.workload.load:g}",
             "sections": [],
-            "heading": f"Load ×{p.workload.load:g}: {p.workload.rate:.4g} requests/s",
+            "heading": f"Load ×{p.workload.load:g}: {sum(c.service.workload.rate for c in p.peak):.4g} requests/s",
         }
         for p in run.plans
     ]
@@ -101,10 +113,11 @@ def render(run: PlanRun, source: Path) -> str:
             place(panel["sections"], entry, known.make(run, p, **entry.options), panel["id"], charts)
     subtitle = (
         f"Objective: {run.spec.objective}. Times are predictions from datasheets and calibrated parameters, not "
-        "measurements; see the end of the page."
+        f"measurements; see the end of the page. {run.note}"
     )
+    models = ", ".join(dict.fromkeys(s.model for s in run.spec.services)) or run.spec.model
     return document(
-        source, recipe, title=recipe.title.format(model=run.spec.model), subtitle=subtitle, before=before, panels=panels,
+        source, recipe, title=recipe.title.format(model=models), subtitle=subtitle, before=before, panels=panels,
         after=after, charts=charts,
     )  # fmt: skip
 

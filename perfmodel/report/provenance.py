@@ -8,11 +8,11 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from perfmodel import __version__, calibration
-from perfmodel.errors import SpecError
 from perfmodel.machine import Machine
-from perfmodel.planner.run import PlanRun
+from perfmodel.planner.evaluated import Run
 from perfmodel.report.blocks import Block, Cell, Code, Fold, Items, Table
 from perfmodel.report.text import number
 from perfmodel.spec.base import Source
@@ -20,7 +20,7 @@ from perfmodel.spec.base import Source
 _LIBRARIES = ("numpy", "pulp", "highspy", "plotly", "pydantic")
 
 
-def blocks(run: PlanRun) -> list[Block]:
+def blocks(run: Run) -> list[Block]:
     """Evidence, parameters, sources, versions and the plan file."""
     machines = {o.node.name: o.machine for p in run.plans for o, n in zip(p.offers, p.nodes, strict=True) if n}
     models = {x.column.estimator.model.name: x.column.estimator.model for p in run.plans for x in p.pools}
@@ -38,7 +38,7 @@ def blocks(run: PlanRun) -> list[Block]:
         Fold("Documents behind the datasheets", (_sources(sources),)),
         Fold("Parameters of the devices, with their evidence", tuple(_parameters(name, m) for name, m in machines.items())),
         Fold("Parameters shared by all devices, and the engine's", (_law(run),)),
-        Code(f"The plan file, {Path(run.file).name}", _read(run.file)),
+        Code(f"The plan file, {Path(run.file).name}", run.listing or yaml.safe_dump(run.request, sort_keys=False, width=120)),
     ]  # fmt: skip
 
 
@@ -58,7 +58,7 @@ def _parameters(name: str, m: Machine) -> Table:
     return Table(f"{m.device.title} in {name}", columns, tuple(rows), (1, 2))
 
 
-def _law(run: PlanRun) -> Table:
+def _law(run: Run) -> Table:
     shared = calibration.law().everything
     engine = calibration.engine(run.spec.choices.engine).parameters
     rows = [
@@ -72,10 +72,3 @@ def _law(run: PlanRun) -> Table:
 def _spread(sigma: float | None) -> str:
     """A standard deviation of the logarithm as a factor."""
     return "exact" if not sigma else f"×/÷ {number(float(np.exp(sigma)), 3)}"
-
-
-def _read(file: str) -> str:
-    try:
-        return Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"cannot read the plan file for its report: {error}", file=file) from None

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from perfmodel import breakdown
-from perfmodel.planner.columns import Layout, bucket_mix, percentile
+from perfmodel.estimator import Estimator
+from perfmodel.planner.case import bucket_mix, serving_instance
 from perfmodel.planner.constraints import footprint
+from perfmodel.planner.evaluated import Running, Served
+from perfmodel.planner.layout import Layout
 from perfmodel.planner.pools import Pool, promised
-from perfmodel.planner.run import Plan
-from perfmodel.planner.transfer import exposed_per_token
+from perfmodel.planner.promise import percentile
 from perfmodel.planner.verify import Replayed
 from perfmodel.schedule import operators
-from perfmodel.serving.clock import kv_tokens
+from perfmodel.serving.frontend import before_engine
 from perfmodel.serving.queueing import Instance, Mix, State
+from perfmodel.serving.workload import Workload
 from perfmodel.spec.workload import Objectives
 
 _SHARES = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.88, 0.94, 0.99)
@@ -169,25 +172,26 @@ def strictest(limits: Mapping[str, float]) -> tuple[str, float | None]:
     return name, limits.get(name)
 
 
-def curves(p: Plan, goals: Objectives, objective: str) -> list[Curve]:
-    """Every layout that holds the model, at rates up to saturation or until both latencies are far beyond their limits."""
-    mix = bucket_mix(p.buckets, tuple(range(len(p.buckets))))
-    by_name = {o.node.name: o for o in p.offers}
+def curves(service: Served, objective: str) -> list[Curve]:
+    """Every layout that holds the model, at rates up to saturation or until both latencies are far beyond their limits.
+
+    For the mix of all the service's requests, none of it found in a prefix cache.
+    """
+    mix = replace(bucket_mix(service.buckets, tuple(range(len(service.buckets)))), cached=None)
+    by_label = {o.label: o for o in service.offers}
     found = []
-    for layout in p.found.layouts:
-        built = p.found.built[layout]
+    for layout in service.layouts:
+        built = service.built[layout]
         if isinstance(built, str):
             continue
-        e, clock = built
-        handoff = exposed_per_token(e, clock, mix) if layout.role == "decode" else 0.0
-        instance = Instance(clock, layout.role, kv_tokens(e, mix.context), handoff)
+        instance = serving_instance(built, layout, mix)
         points = []
         for s in _states(instance, mix):
-            burst = p.workload.dispersion / max(1.0, math.floor(p.workload.rate / s.rate))
-            ttft, tpot = _latencies(instance, s, mix, goals, burst)
+            burst = service.workload.dispersion / max(1.0, math.floor(service.workload.rate / s.rate))
+            ttft, tpot = _latencies(instance, built[0], s, mix, service.objectives, burst)
             if not (math.isfinite(ttft) and math.isfinite(tpot)):
                 break
-            value = worth(s.rate, layout, by_name[layout.node], objective)
+            value = worth(s.rate, layout, by_label[layout.node], objective)
             points.append(Point(s.rate, s.batch, s.utilisation, ttft, tpot, value))
         if points:
             found.append(Curve(layout, points))
@@ -228,16 +232,19 @@ def _states(instance: Instance, mix: Mix) -> list[State]:
     return found
 
 
-def _latencies(instance: Instance, s: State, mix: Mix, goals: Objectives, burst: float) -> tuple[float, float]:
+def _latencies(
+    instance: Instance, e: Estimator, s: State, mix: Mix, goals: Objectives, burst: float
+) -> tuple[float, float]:
     """TTFT and TPOT at the strictest percentiles, to about one percent; infinite far beyond a limit."""
     ttft = tpot = 0.0
     if instance.role != "decode":
         name, limit = strictest(goals.ttft)
         start = float(np.min(s.work)) + s.pure_step
-        ttft = _quantile(lambda t: instance.ttft_met(t, s, mix, burst), percentile(name), start, limit)
+        outside = before_engine(e.engine, s, mix)
+        ttft = _quantile(lambda t: instance.ttft_met(t - outside, s, mix, burst), percentile(name), start, limit)
     if instance.role != "prefill":
         name, limit = strictest(goals.tpot)
-        tpot = _quantile(lambda t: instance.tpot_met(t, s, mix), percentile(name), s.pure_step, limit)
+        tpot = _quantile(lambda t: instance.tpot_met(t, s, mix, burst), percentile(name), s.pure_step, limit)
     return ttft, tpot
 
 
@@ -262,14 +269,13 @@ def front(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
 
 
 def replayed_values(results: list[Replayed], metric: str) -> list[tuple[Replayed, np.ndarray]]:
-    """Simulated seconds of the pools that have this metric."""
-    skip = "decode" if metric == "ttft" else "prefill"
+    """Simulated seconds, at the client, of the pools that decide this metric."""
     found = []
     for x in results:
         values = getattr(x.outcome, metric)
-        values = np.sort(values[~np.isnan(values)])
-        if x.pool.column.layout.role != skip and values.size:
-            found.append((x, values))
+        values = np.sort(values[np.isfinite(values)])
+        if x.answers_for(metric) and values.size:
+            found.append((x, values + (x.pool.column.offer.site.rtt if metric == "ttft" else 0.0)))
     return found
 
 
@@ -285,18 +291,18 @@ def cumulative(parts: list[tuple[np.ndarray, float]], most: int = 300) -> Line:
     return values[picks].tolist(), share[picks].tolist()
 
 
-def closed_form(p: Plan, metric: str) -> Line:
-    """(seconds, share) of the closed form over all requests."""
+def closed_form(c: Running, metric: str) -> Line:
+    """(seconds, share) of the closed form over all requests of a service."""
     shares = [0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.93, 0.95, 0.97, 0.98, 0.99, 0.995]
-    times = [promised(p.pools, metric, share, p.workload.dispersion) for share in shares]
-    kept = [(t, s) for t, s in zip(times, shares, strict=True) if math.isfinite(t)]
+    times = [promised(c.pools, metric, share, c.service.workload.dispersion) for share in shares]
+    kept = [(t, s) for t, s in zip(times, shares, strict=True) if t is not None and math.isfinite(t)]
     return [t for t, _ in kept], [s for _, s in kept]
 
 
-def arrivals(p: Plan, bins: int = 60) -> Line:
+def arrivals(w: Workload, bins: int = 60) -> Line:
     """(bin starts [s], requests/s in each bin) over the window."""
-    r = p.workload.requests
-    end = max(p.workload.span, float(r.arrival[-1]) if len(r) else 0.0)
+    r = w.requests
+    end = max(w.span, float(r.arrival[-1]) if len(r) else 0.0)
     counts, edges = np.histogram(r.arrival, bins=bins, range=(0.0, end or 1.0))
     return edges[:-1].tolist(), (counts / (edges[1] - edges[0])).tolist()
 

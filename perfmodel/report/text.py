@@ -8,10 +8,9 @@ import re
 from datetime import date
 
 from perfmodel import units
+from perfmodel.planner.layout import Layout
 from perfmodel.planner.pools import Pool
 
-METRICS = {"ttft": "TTFT", "tpot": "TPOT"}
-OBJECTIVE_UNITS = {"cost": "USD/h", "devices": "devices", "power": "W"}
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}")
 
 
@@ -53,11 +52,15 @@ def letter(i: int) -> str:
     return letter(i // 26 - 1) + letter(i % 26) if i >= 26 else chr(ord("A") + i)
 
 
+def degrees(x: Layout) -> str:
+    """tp2 ep2 split 40% for prefill: how an instance is built, but for node, role and format."""
+    return x.label.removeprefix(f"{x.node} {x.role} ").removesuffix(f" {x.weight_dtype}")
+
+
 def layout(pool: Pool) -> str:
     """prefill tp2 fp8 on hgx-h100-8."""
-    x = pool.column.layout
-    pipeline = f" pp{x.pp}" if x.pp > 1 else ""
-    return f"{x.role} tp{x.tp}{pipeline} {pool.column.estimator.formats.weight.name} on {x.node}"
+    x, c = pool.column.layout, pool.column
+    return f"{x.role} {degrees(x)} {c.estimator.formats.weight.name} on {c.offer.label}"
 
 
 def pool_names(pools: list[Pool]) -> list[str]:

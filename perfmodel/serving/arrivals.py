@@ -33,6 +33,18 @@ def squared_cv(arrival: np.ndarray) -> float:
     return float(np.var(gaps) / np.mean(gaps) ** 2) if gaps.size > 1 and np.mean(gaps) > 0 else 1.0
 
 
+def dealt(dispersion: float, instances: float, by_chance: float) -> float:
+    """Squared CV of the gaps that one of n instances sees of a stream with squared CV `dispersion`.
+
+    Dealt in turn, n gaps add up to one: c/n; by load is about as even. By chance, a request comes here with probability 1/n and a
+    geometric number of gaps adds up: 1 + (c - 1)/n. by_chance: share of the requests dealt so; linear between both.
+
+    >>> dealt(1.0, 4, 0.0), dealt(1.0, 4, 1.0), dealt(9.0, 4, 1.0)
+    (0.25, 1.0, 3.0)
+    """
+    return (dispersion + by_chance * (instances - 1)) / instances
+
+
 def counts(arrival: np.ndarray, window: float) -> np.ndarray:
     """Requests in consecutive windows of so many seconds from 0, the last of which may be cut short."""
     return np.bincount((arrival / window).astype(int))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -10,11 +12,13 @@ import numpy as np
 from perfmodel import calibration, memory
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
-from perfmodel.serving import goodput
+from perfmodel.serving import frontend, goodput
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, State
 
 _PERCENTILES = (0.5, 0.9, 0.95, 0.99)
+_LEAVES = 0.999
+"""Share of the front end's rate that is still below its saturation."""
 
 
 def serving_summary(
@@ -30,54 +34,80 @@ def serving_summary(
     """Continuous batching of `isl`/`osl` requests: at a Poisson rate [1/s], or with `concurrency` clients in a loop.
 
     A closed loop keeps C requests in flight, so its rate follows from Little's law: C = rate x (TTFT + (osl - 1) TPOT).
-    Raises Infeasible when the instance saturates, with the highest rate it can carry.
+    TTFT includes the engine's front end: tokeniser, API server and waiting for it.
+    Raises Infeasible when the instance or its front end saturates, with the highest rate it can carry.
     """
     if rate is not None and concurrency is not None:
         raise SpecError("give either --rate (open loop) or --concurrency (closed loop), not both")
     mix, instance = _fixed_shape(e, isl, osl)
+    carried = _carried(e, mix)
     closed = concurrency is not None
     if concurrency is not None:
-        rate = _closed_loop_rate(instance, mix, concurrency)
+        rate = _closed_loop_rate(instance, mix, concurrency, lambda s: _outside(e, s, mix), carried)
     assert rate is not None
     state = instance.state(rate, mix)
-    if not state.feasible:
-        most = goodput.highest_rate(instance, mix)
-        raise Infeasible(
-            f"{rate:.3g} requests/s: {state.reason}", nearest=f"--rate {most:.3g}", binding=(state.reason,)
-        )
+    reason = state.reason or ("the front end saturates" if rate >= carried else "")
+    if reason:
+        most = min(goodput.highest_rate(instance, mix), _LEAVES * carried)
+        raise Infeasible(f"{rate:.3g} requests/s: {reason}", nearest=f"--rate {_below(most)}", binding=(reason,))
+    outside = _outside(e, state, mix)
     result: dict[str, Any] = {
-        "rate_per_s": rate, "concurrency": concurrency or rate * _residence(instance, state, mix),
+        "rate_per_s": rate, "concurrency": concurrency or rate * (_residence(instance, state, mix) + outside),
+        "front_end": {"ttft_s": outside, "utilisation": rate / carried},
         "decode_batch": state.batch, "prefill_utilisation": state.utilisation, "kv_share": state.kv_share,
         "output_tokens_per_s": rate * osl,
     }  # fmt: skip
     if closed:
         # Clients in a loop wait for each other, not for a random arrival stream: means, no percentiles.
-        return result | {"ttft_s": {"mean": _mean_ttft(instance, state, mix)}, "tpot_s": {"mean": state.step}}
-    outside = instance.refused(state, mix)
-    result["closed_form"] = f"outside its range: {outside}" if outside else "valid"
+        return result | {"ttft_s": {"mean": _mean_ttft(instance, state, mix) + outside}, "tpot_s": {"mean": state.step}}
+    refused = instance.refused(state, mix)
+    result["closed_form"] = f"outside its range: {refused}" if refused else "valid"
     quantiles = {
-        "ttft_s": instance.ttft_quantile,
+        "ttft_s": lambda p, s, m: outside + instance.ttft_quantile(p, s, m),
         "tpot_s": instance.tpot_quantile,
         "itl_s": lambda p, s, m: goodput.itl_quantile(instance, p, s, m),
         "longest_gap_s": lambda p, s, m: goodput.longest_gap_quantile(instance, p, s, m),
     }
     for name, quantile in quantiles.items():
         result[name] = {f"p{p * 100:g}": quantile(p, state, mix) for p in _PERCENTILES}
-    return result | (_against(instance, state, mix, goodput.Goals(ttft, tpot)) if ttft or tpot else {})
+    if ttft is None and tpot is None:
+        return result
+    return result | _against(e, instance, state, mix, goodput.Goals(ttft, tpot))
 
 
-def _against(instance: Instance, state: State, mix: Mix, goals: goodput.Goals) -> dict[str, Any]:
+def _carried(e: Estimator, mix: Mix) -> float:
+    """Rate [1/s] at which the front end is busy all the time; infinite for an engine nobody wrote one of."""
+    if e.engine.frontend is None:
+        return math.inf
+    return frontend.capacity(e.engine, mix.mean(mix.input), mix.mean(mix.output)).rate
+
+
+def _outside(e: Estimator, s: State, mix: Mix) -> float:
+    """Seconds of a first token outside the engine's steps; infinite where the front end saturates."""
+    return float(frontend.before_engine(e.engine, s, mix)[0])
+
+
+def _below(rate: float) -> str:
+    """Three digits of a rate, rounded down."""
+    unit = 10 ** (math.floor(math.log10(rate)) - 2)
+    return f"{math.floor(rate / unit) * unit:.3g}"
+
+
+def _against(e: Estimator, instance: Instance, state: State, mix: Mix, goals: goodput.Goals) -> dict[str, Any]:
     """Shares that meet the limits, and what they make of the rate."""
+    outside = _outside(e, state, mix)
     shares = {}
     if goals.ttft is not None:
-        shares["ttft"] = instance.ttft_met(goals.ttft, state, mix)
+        shares["ttft"] = goodput.attainment(instance, state, mix, goodput.Goals(ttft=goals.ttft), outside=outside)
     if goals.tpot is not None:
         shares["tpot"] = instance.tpot_met(goals.tpot, state, mix)
-    both = goodput.attainment(instance, state, mix, goals)
-    most = goodput.capacity(instance, mix, goals)
+    both = goodput.attainment(instance, state, mix, goals, outside=outside)
+    most = goodput.capacity(
+        instance, mix, goals, outside=lambda s: _outside(e, s, mix), most=_LEAVES * _carried(e, mix)
+    )
     devices = int(instance.clock.estimator.par.devices)
     return {
-        "met_share": shares, "attainment": both, "goodput_per_s": state.rate * both,
+        "met_share": shares, "attainment": both, "attainment_target": goals.share, "goodput_per_s": state.rate * both,
         "goodput_per_s_per_device": state.rate * both / devices,
         "capacity_per_s": most, "capacity_per_s_per_device": most / devices,
     }  # fmt: skip
@@ -119,14 +149,20 @@ def _residence(instance: Instance, s: State, mix: Mix) -> float:
     return _mean_ttft(instance, s, mix) + mix.mean(mix.steps) * s.step
 
 
-def _closed_loop_rate(instance: Instance, mix: Mix, concurrency: float) -> float:
-    """Rate at which `concurrency` requests are in flight; what does not fit in memory waits outside."""
-    alone = concurrency / _residence(instance, instance.state(1e-9, mix), mix)
+def _closed_loop_rate(
+    instance: Instance, mix: Mix, concurrency: float, outside: Callable[[State], float] = lambda _: 0.0, most: float = math.inf
+) -> float:
+    """Rate at which `concurrency` requests are in flight; what does not fit in memory waits outside.
+
+    `outside`: seconds of a request outside the engine's steps; `most`: the rate at which those never end.
+    """
+    idle = instance.state(1e-9, mix)
+    alone = concurrency / (_residence(instance, idle, mix) + outside(idle))
     # Requests stay longest when they are most, so the rate without company is an upper limit.
-    low, high = 0.0, min(alone, goodput.highest_rate(instance, mix))
+    low, high = 0.0, min(alone, goodput.highest_rate(instance, mix), most)
     for _ in range(22):
         middle = (low + high) / 2
         s = instance.state(middle, mix)
-        crowded = not s.feasible or middle * _residence(instance, s, mix) >= concurrency
+        crowded = not s.feasible or middle * (_residence(instance, s, mix) + outside(s)) >= concurrency
         low, high = (low, middle) if crowded else (middle, high)
     return low

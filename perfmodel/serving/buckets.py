@@ -123,10 +123,13 @@ def _sights(r: Requests, cached: np.ndarray | None, by: Sequence[str]) -> dict[s
             raise SpecError(f"a router does not see {name!r}{did_you_mean(name, SIGHTS)}; it may go by {', '.join(SIGHTS)}")
         if name == "cached":
             if cached is None:
-                raise SpecError("the trace has no block ids, so no router can go by cached prefixes")
+                raise SpecError("the trace has no block ids, so no router can go by cached prefixes", path="choices.bucket_by")
             found["cached"] = cached / r.input
         elif name not in found and name != "input":
-            raise SpecError(f"the trace has no column {name!r} for the router to go by; name it under columns.labels")
+            raise SpecError(
+                f"the trace has no column {name!r} for the router to go by; name it under columns.labels",
+                path="choices.bucket_by",
+            )  # fmt: skip
     return found
 
 
@@ -157,7 +160,9 @@ def _parted(
     order = np.argsort(mine, kind="stable")
     done = np.cumsum(work[index][order])
     cuts = np.searchsorted(done, done[-1] * np.arange(1, _PARTS[name]) / _PARTS[name])
-    inner = [e for e in np.unique(mine[order][cuts]).tolist() if e < mine.max()]
+    # A value that holds most of the work is a class of its own.
+    lower = mine[mine < mine.max()]
+    inner = np.unique(np.minimum(mine[order][cuts], lower.max())).tolist() if lower.size else []
     edges = [-math.inf, *inner, math.inf]
     parts = [
         (index[(mine > low) & (mine <= high)], {**key, name: (low, high)})

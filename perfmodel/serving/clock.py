@@ -130,16 +130,16 @@ class StepClock:
         """
         work = np.zeros(inputs.shape)
         done = np.zeros(inputs.shape) + cached
+        live = np.flatnonzero(done < inputs)
         saved = (self.decode(batch, total_context) - self._attention_share(batch, total_context)) * min(batch, 1.0)
         room = max(self.chunk - batch, 1.0)
-        while np.any(done < inputs):
-            q = np.minimum(inputs - done, room)
-            live = q > 0
-            tokens = np.where(live, q, 1.0)
-            wise = np.interp(batch + tokens, self._tokens, self._tokenwise) + self._floor + self.host(batch + 1)
-            cost = wise + self.attention_array(tokens, done) - saved
-            work += np.where(live, np.maximum(cost, 1e-6), 0.0)
-            done += np.maximum(q, 0.0)
+        while live.size:
+            held = done[live]
+            q = np.minimum(inputs[live] - held, room)
+            wise = np.interp(batch + q, self._tokens, self._tokenwise) + self._floor + self.host(batch + 1)
+            work[live] += np.maximum(wise + self.attention_array(q, held) - saved, 1e-6)
+            done[live] = held + q
+            live = live[done[live] < inputs[live]]
         return work
 
     def _attention_share(self, batch: float, total_context: float) -> float:

@@ -16,7 +16,7 @@ import numpy as np
 
 from perfmodel.serving.renewal import Renewal
 
-_CELLS = {1: 384, 4: 192}  # cells of the work laws, by phases
+_CELLS = {1: 256, 4: 128}  # cells of the work laws, by phases
 _NODES = {1: 26, 4: 17}
 _GROUPS = 4
 _CLASSES = 6
@@ -100,8 +100,7 @@ def solve(load: Load, arrivals: Renewal) -> Cycle:
     work = np.bincount(low, load.weight * (1 - part), cells)[:cells]
     work += np.bincount(low + 1, load.weight * part, cells)[:cells]
     root = arrivals.roots(np.fft.rfft(work))
-    right = arrivals.mu[:, None] / (arrivals.mu[:, None] + root[:, None])  # [root, phase, frequency]
-    left = arrivals.share[:, None] / (arrivals.mu[:, None] + root[:, None])
+    right, left = arrivals.vectors(root)  # [root, phase, frequency]
     left = left / (right * left).sum(1)[:, None]
     grown = np.exp(seconds[:, None, None] * root)  # [node, root, frequency]
     grid = np.arange(cells) * cell
@@ -109,13 +108,14 @@ def solve(load: Load, arrivals: Renewal) -> Cycle:
     if phases == 1:
         moves = np.fft.irfft(grown[:, 0], cells, axis=1) @ onto
     else:
-        kernel = np.einsum("njf,jaf,jbf->nabf", grown, right, left, optimize=True)
-        law = np.fft.irfft(kernel, cells, axis=3).reshape(-1, cells) @ onto
-        moves = law.reshape(count, phases, phases, count).transpose(0, 1, 3, 2).reshape(count * phases, -1)
+        turns = (right[:, :, None] * left[:, None]).reshape(phases, phases**2, -1)
+        kernel = grown.transpose(2, 0, 1) @ turns.transpose(2, 0, 1)  # [frequency, node, phases at both ends]
+        law = onto.T @ np.fft.irfft(kernel, cells, axis=0).reshape(cells, -1)
+        moves = law.reshape(count, count, phases, phases).transpose(1, 2, 0, 3).reshape(count * phases, -1)
     # An idle engine starts with the first request alone; idle and decoding share the time without prefill as given.
     starts = np.full(phases, load.idle)
     if load.idle < 1:
-        starts = load.idle * seconds[0] / (load.idle * seconds[0] + (1 - load.idle) / arrivals.mu)
+        starts = load.idle * seconds[0] / (load.idle * seconds[0] + (1 - load.idle) * arrivals.until)
     whole = moves.copy()
     whole[:phases] *= 1 - starts[:, None]
     whole[:phases] += np.outer(starts, np.outer(work @ onto, arrivals.share).ravel())
@@ -123,7 +123,7 @@ def solve(load: Load, arrivals: Renewal) -> Cycle:
     idle = state[0] * starts
     run = state.copy()
     run[0] -= idle
-    begun = np.einsum("na,jaf->njf", run, right) * (left * arrivals.mu[:, None]).sum(1)
+    begun = np.einsum("na,jaf->njf", run, right) * (left * arrivals.exit[:, None]).sum(1)
     split = max(int(np.searchsorted(nodes, load.chunk * 1.0001)), 2)
     groups = np.unique(np.r_[0, 1, np.linspace(1, split, _GROUPS + 1)[:-1].astype(int)])
     gathered, ahead = _waits(begun, grown, root, right, left, arrivals, seconds, cells, cell, split, groups)
@@ -162,6 +162,19 @@ def _onto(nodes: np.ndarray, x: np.ndarray) -> np.ndarray:
     onto[rows, i] = 1 - part
     onto[rows, i + 1] = part
     return onto
+
+
+def _spread(nodes: np.ndarray, x: np.ndarray, law: np.ndarray) -> np.ndarray:
+    """A law over cells [phase, cell] on the nodes around x [class, cell], as in `_onto`: [class, node and phase]."""
+    i = np.clip(np.searchsorted(nodes, x, side="right") - 1, 0, nodes.size - 2)
+    part = np.clip((x - nodes[i]) / (nodes[i + 1] - nodes[i]), 0, 1)
+    place = (i + nodes.size * np.arange(len(x))[:, None]).ravel()
+    onto = [
+        np.bincount(place, (p * (1 - part)).ravel(), x.shape[0] * nodes.size)
+        + np.bincount(place + 1, (p * part).ravel(), x.shape[0] * nodes.size)
+        for p in law
+    ]
+    return np.array(onto).T.reshape(len(x), -1)
 
 
 def _stationary(moves: np.ndarray) -> np.ndarray:
@@ -235,7 +248,7 @@ def _after(
     Those behind it in a gate of several steps, on average half of the others, come first.
     """
     seconds, decodes = load.seconds(nodes), np.maximum(nodes / load.chunk, 1.0)
-    state = np.array([(others @ _onto(nodes, grid + s)).T.ravel() for s in own]) @ moves
+    state = _spread(nodes, own[:, None] + grid, others) @ moves
     steps_own = np.ceil((own[:, None] + grid / 2) / load.chunk - 1e-9)
     behind = np.maximum(own[:, None] + grid - steps_own * load.chunk, 0.0)  # [class, cell]
     chance = others.sum(0)
@@ -248,19 +261,22 @@ def _after(
     centred = time - (long_run @ time) / (long_run @ tokens) * tokens
     quiet = moves[:phases, :phases]
     calm = state[:, :phases]
-    free, steps, mean, variance = [], [], [], []
-    sum_time, sum_tokens, sum_centred, square = time, tokens, centred, centred**2
+    free, found = [], []
+    # Sums over the cycles so far, given the first: decode steps, seconds, centred seconds and the square of these.
+    sums = np.column_stack([tokens, time, centred, centred**2])
     power, weighed, stay = moves, centred[:, None] * moves, np.eye(phases)
-    for _ in range(_DOUBLINGS + 1):
+    for doubling in range(_DOUBLINGS + 1):
         free.append((calm @ stay).sum(1) * none_behind)
-        steps.append(state @ sum_tokens + ahead_steps)
-        mean.append(state @ sum_time + ahead_time)
-        variance.append(state @ square - (state @ sum_centred) ** 2 + ahead_variance)
+        found.append(state @ sums)
+        if doubling == _DOUBLINGS:
+            break
         # E[(A + B)^2] = E[A^2] + E[B^2] + 2 E[A B], with `weighed` = E[A; state after]; likewise the sums.
-        square = square + power @ square + 2 * weighed @ sum_centred
+        both = weighed @ sums[:, 2]
+        sums = sums + power @ sums
+        sums[:, 3] += 2 * both
         weighed = weighed @ power + power @ weighed
-        sum_time, sum_tokens = sum_time + power @ sum_time, sum_tokens + power @ sum_tokens
-        sum_centred = sum_centred + power @ sum_centred
         power = power @ power
         stay = stay @ stay @ quiet
-    return tuple(np.array(x) for x in (free, steps, mean, np.maximum(variance, 0.0)))  # type: ignore[return-value]
+    steps, mean, middle, square = np.array(found).transpose(2, 0, 1)
+    variance = np.maximum(square - middle**2 + ahead_variance, 0.0)
+    return np.array(free), steps + ahead_steps, mean + ahead_time, variance

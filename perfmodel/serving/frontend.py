@@ -14,12 +14,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from perfmodel import calibration
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.spec.calibration import Engine, FrontEnd
+
+if TYPE_CHECKING:
+    from perfmodel.serving.queueing import Mix, State
+    from perfmodel.serving.split import SplitState
 
 _BUSY = 0.8
 """Utilisation of the API processes beyond which a plan would live off its luck: waiting grows as 1/(1 - u)."""
@@ -135,6 +140,17 @@ def unloaded(engine: Engine, inputs: np.ndarray) -> np.ndarray:
     share = np.asarray(inputs, float) / 1e6
     lines = [low + (high - low) * share for low, high in ((none.parts, many.parts), (none.fitted, many.fitted))]
     return np.asarray(np.maximum(*lines))
+
+
+def before_engine(engine: Engine, s: State | SplitState, mix: Mix) -> np.ndarray:
+    """Seconds of each request's TTFT outside the engine's steps: the front end and waiting for it, which may never end."""
+    alone = unloaded(engine, mix.input)
+    if engine.frontend is None:
+        return alone
+    lengths = mix.mean(mix.input), mix.mean(mix.output)
+    if s.rate >= capacity(engine, *lengths).rate:
+        return np.full(mix.input.shape, math.inf)
+    return alone + waiting(engine, s.rate, *lengths, s.step if math.isfinite(s.step) else 0.0)
 
 
 def busy_seconds(engine: Engine, input_tokens: float, output_tokens: float) -> float:

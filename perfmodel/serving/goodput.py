@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
+from perfmodel.serving.latency import Decoding, gamma_cdf
 from perfmodel.serving.queueing import Instance, Mix, State, invert
 from perfmodel.spec.workload import Limit
 
@@ -23,23 +26,28 @@ class Goals:
     share: float = DEFAULT_SHARE
 
 
-def attainment(instance: Instance, s: State, mix: Mix, goals: Goals, dispersion: float = 1.0) -> float:
+def attainment(
+    instance: Instance, s: State, mix: Mix, goals: Goals, dispersion: float = 1.0, outside: np.ndarray | float = 0.0
+) -> float:
     """Share of requests that meet TTFT and TPOT together, lengths taken jointly: E[P(ttft | lengths) P(tpot | lengths)].
 
-    Given its lengths a request's wait and its interruptions are taken as independent.
+    Given its lengths a request's wait and its interruptions are taken as independent. `outside`: seconds of TTFT that pass
+    outside the engine's steps.
     """
     met = np.ones(mix.input.shape)
     if goals.ttft is not None:
         limit = goals.ttft.at(mix.input) if isinstance(goals.ttft, Limit) else goals.ttft
-        met = met * instance.ttft_shares(limit, s, mix, dispersion)
+        met = met * instance.ttft_shares(limit - outside, s, mix, dispersion)
     if goals.tpot is not None:
         met = met * instance.tpot_shares(float(goals.tpot), s, mix, dispersion)
     return mix.mean(met)
 
 
-def goodput(instance: Instance, s: State, mix: Mix, goals: Goals, dispersion: float = 1.0) -> float:
+def goodput(
+    instance: Instance, s: State, mix: Mix, goals: Goals, dispersion: float = 1.0, outside: np.ndarray | float = 0.0
+) -> float:
     """Requests per second that meet both limits."""
-    return s.rate * attainment(instance, s, mix, goals, dispersion)
+    return s.rate * attainment(instance, s, mix, goals, dispersion, outside)
 
 
 def highest_rate(instance: Instance, mix: Mix) -> float:
@@ -51,14 +59,20 @@ def highest_rate(instance: Instance, mix: Mix) -> float:
     return low
 
 
-def capacity(instance: Instance, mix: Mix, goals: Goals, dispersion: float = 1.0) -> float:
-    """Highest rate [1/s] whose attainment is at least the goals' share; 0 when not even an idle instance reaches it."""
+def capacity(
+    instance: Instance, mix: Mix, goals: Goals, dispersion: float = 1.0,
+    outside: Callable[[State], np.ndarray | float] = lambda _: 0.0, most: float = math.inf,
+) -> float:  # fmt: skip
+    """Highest rate [1/s] whose attainment is at least the goals' share; 0 when not even an idle instance reaches it.
+
+    `outside`: seconds of TTFT outside the engine's steps in a state; `most`: the rate that what is outside carries [1/s].
+    """
 
     def holds(rate: float) -> bool:
         s = instance.state(rate, mix)
-        return s.feasible and attainment(instance, s, mix, goals, dispersion) >= goals.share
+        return s.feasible and attainment(instance, s, mix, goals, dispersion, outside(s)) >= goals.share
 
-    high = highest_rate(instance, mix)
+    high = min(highest_rate(instance, mix), most)
     low = high * 1e-4
     if not holds(low):
         return 0.0
@@ -70,17 +84,78 @@ def capacity(instance: Instance, mix: Mix, goals: Goals, dispersion: float = 1.0
     return low
 
 
-def itl_met(instance: Instance, limit: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
-    """Share of tokens that follow the one before within `limit` seconds: the law of single steps."""
-    if instance.role == "prefill" or not np.any(mix.steps > 0):
-        return 1.0
-    cycle = instance.law(s, mix, dispersion).cycle
+@dataclass(frozen=True, eq=False)
+class _Gaps:
+    """Single steps that a decoding request sees."""
+
+    lengths: np.ndarray
+    below: np.ndarray
+    """Law of the steps that carry prefill: seconds, and the share that is shorter."""
+    mean: float
+    """Their mean [s]."""
+    decode: float
+    """Seconds of a step without prefill, on average."""
+
+    def over(self, limit: float) -> float:
+        """P(a step with prefill takes longer than `limit`)."""
+        return 1 - float(np.interp(limit, self.lengths, self.below, left=0.0))
+
+    def held(self, decoding: Decoding) -> np.ndarray:
+        """Share of each request's steps that carry prefill."""
+        return np.asarray(np.clip((1 - decoding.free) * decoding.mean / max(self.mean - self.decode, 1e-9), 0, 1))
+
+
+@lru_cache(maxsize=64)
+def _gaps(instance: Instance, s: State, mix: Mix, dispersion: float) -> _Gaps | None:
+    """Steps of the cycle; where nothing prefills, None.
+
+    Full token budgets of one long prompt take the longer the deeper they are in it; others what the mean of the cycle says.
+    """
+    law = instance.law(s, mix, dispersion)
+    cycle = law.cycle
     if cycle is None:
-        return instance.tpot_met(limit, s, mix, dispersion)
-    # Undisturbed steps are an atom; the rest lies evenly around its nodes, all within the longest step.
-    below = np.cumsum(cycle.often) - cycle.often / 2
-    below[0] = cycle.often[0]
-    return 1.0 if limit >= cycle.lengths[-1] else float(np.interp(limit, cycle.lengths, below, left=0.0))
+        return None
+    often, lengths = cycle.often[1:] / max(float(cycle.often[1:].sum()), 1e-300), cycle.lengths[1:]
+    full = lengths >= lengths[-1] * (1 - 1e-9) if lengths[-1] >= cycle.load.chunk + cycle.load.overhead else lengths > math.inf
+    clock, decoding = instance.clock, min(round(law.batch), instance.clock.max_batch)
+    room = max(clock.chunk - decoding, 1.0)
+    whole = np.floor(mix.new / room)
+    points, weights = [lengths[~full]], [often[~full]]
+    share = float(often[full].sum())
+    if share > 0:
+        alone = mix.mean(whole * room) / mix.mean(mix.new)
+        points.append(np.array([lengths[-1]]))
+        weights.append(np.array([share * (1 - alone)]))
+        if alone > 0:
+            index = np.repeat(np.arange(whole.size), whole.astype(int))
+            order = np.arange(index.size) - np.repeat(np.cumsum(whole) - whole, whole.astype(int))
+            depth = (mix.input - mix.new)[index] + order * room
+            one = clock.step(decoding, decoding * mix.context, [(room, 0.0)]) - clock.attention(room, 0.0)
+            points.append(one + clock.attention_array(np.full(depth.shape, room), depth))
+            weights.append(share * alone * mix.weight[index] / mix.weight[index].sum())
+    at, chance = np.concatenate(points), np.concatenate(weights)
+    place = np.argsort(at, kind="stable")
+    # The law lies evenly around its points, all within the longest.
+    below = np.cumsum(chance[place]) - chance[place] / 2
+    below[-1] = 1.0
+    return _Gaps(at[place], below, float(often @ lengths), cycle.load.tau)
+
+
+def itl_met(instance: Instance, limit: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
+    """Share of tokens that follow the one before within `limit` seconds.
+
+    A token's step carries prefill as often as what prefills add to the request asks for: tokens of a burst come beside the
+    prefills of its rest, so they are held up more often than a step picked at random. Other steps vary with the batch.
+    """
+    tokens = mix.weight * mix.steps
+    if instance.role == "prefill" or not tokens.any():
+        return 1.0
+    gaps, decoding = _gaps(instance, s, mix, dispersion), instance.law(s, mix, dispersion).decoding
+    calm = gamma_cdf(limit - decoding.floor, decoding.beside, decoding.single)
+    if gaps is None:
+        return float(tokens @ calm / tokens.sum())
+    held = gaps.held(decoding)
+    return float(tokens @ ((1 - held) * calm + held * (1 - gaps.over(limit))) / tokens.sum())
 
 
 def itl_quantile(instance: Instance, p: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
@@ -89,12 +164,20 @@ def itl_quantile(instance: Instance, p: float, s: State, mix: Mix, dispersion: f
 
 
 def longest_gap_met(instance: Instance, limit: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:
-    """Share of requests none of whose gaps exceeds `limit` seconds: each of n steps does with the chance of any step."""
+    """Share of requests none of whose gaps exceeds `limit` seconds.
+
+    A request meets m steps with prefill on average, and escapes all with probability f. If a share q of them takes longer, it
+    escapes those with probability exp(-m q); where bursts make them come together and f > exp(-m), with f^q.
+    """
     counted = mix.weight * (mix.steps > 0)
-    if not counted.any():
+    if instance.role == "prefill" or not counted.any():
         return 1.0
-    over = 1 - itl_met(instance, limit, s, mix, dispersion)
-    return float(counted @ (1 - min(over, 1.0)) ** mix.steps / counted.sum())
+    gaps, decoding = _gaps(instance, s, mix, dispersion), instance.law(s, mix, dispersion).decoding
+    met = gamma_cdf(limit - decoding.floor, decoding.beside, decoding.single)
+    if gaps is not None:
+        many = np.minimum(mix.steps * gaps.held(decoding), -np.log(np.maximum(decoding.free, 1e-300)))
+        met = met * np.exp(-many * gaps.over(limit))
+    return float(counted @ met / counted.sum())
 
 
 def longest_gap_quantile(instance: Instance, p: float, s: State, mix: Mix, dispersion: float = 1.0) -> float:

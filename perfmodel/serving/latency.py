@@ -34,6 +34,8 @@ class Decoding:
     beside: np.ndarray
     crowd: np.ndarray
     """Mean and variance of what the sequences beside it add, averaged over the request's steps (a gamma law)."""
+    single: float
+    """Variance of one undisturbed step, from the batch and its contexts."""
     free: np.ndarray
     """Probability that no prefill interrupts the request."""
     mean: np.ndarray
@@ -47,7 +49,7 @@ class Decoding:
         """Mean seconds per token."""
         return self.floor + self.beside + (1 - self.free) * self.mean
 
-    def within(self, limit: float) -> np.ndarray:
+    def within(self, limit: float | np.ndarray) -> np.ndarray:
         """P(seconds per token <= limit) of each request."""
         room = limit - self.floor
         calm = gamma_cdf(room, self.beside, self.crowd)
@@ -75,7 +77,7 @@ class Law:
 @lru_cache(maxsize=128)
 def law(instance: Instance, s: State, mix: Mix, dispersion: float) -> Law:
     """Laws of a feasible state with arrivals of a squared coefficient of variation `dispersion`."""
-    dispersion = max(dispersion, 1.0)
+    dispersion = max(dispersion, renewal.MOST_REGULAR)
     batch = s.batch
     for _ in range(_ROUNDS):
         cycle = arrivals = None
@@ -149,7 +151,7 @@ def _decoding(
     clock, n = instance.clock, np.maximum(mix.steps, 1.0)
     none = np.zeros(n.shape)
     if instance.role == "prefill":
-        return Decoding(none, none, none, np.ones(n.shape), none, none, 0.0)
+        return Decoding(none, none, none, 0.0, np.ones(n.shape), none, none, 0.0)
     life = n * max(s.step, 1e-9)
     # A request decodes beside the mean batch, itself, and those of its own burst while both last.
     order = np.argsort(life)
@@ -172,39 +174,50 @@ def _decoding(
     square = mix.mean(mix.steps * mix.contexts**2) / max(mix.mean(mix.steps), 1e-9) - mix.context**2
     turns = np.maximum(life / max(mix.mean(life) / slack, 1e-12), 1e-6)
     spread = 1 + (dispersion - 1) * _OVERLAP
-    crowd = batch * (each**2 * spread + token**2 * square) / slack * 2 / turns**2 * (turns - 1 + np.exp(-turns))
+    single = batch * (each**2 * spread + token**2 * square) / slack
+    crowd = single * 2 / turns**2 * (turns - 1 + np.exp(-turns))
     floor = clock.decode_base[1] + clock.decode_slope[1] * mix.contexts + _moved(instance, mix)
     beside = np.maximum(tau + _moved(instance, mix) - floor, 0.0)
     if cycle is None:
         # A delivered sequence joins at the end of the running step.
-        return Decoding(floor, beside + tau / 2 / n, crowd + tau**2 / 12 / n**2, np.ones(n.shape), none, none, 0.0)
-    table = []
-    for c in range(cycle.own.size):
-        at = cycle.steps[:, c]
-        seconds, varies = (_per_step(n, at, values[:, c]) for values in (cycle.mean, cycle.variance))
-        free = np.exp(np.interp(n, at, np.log(np.maximum(cycle.free[:, c], 1e-300))))
-        table.append((seconds - cycle.load.tau, varies, free))
-    rows = np.array(table)  # [class, quantity, request]
-    place = np.clip(np.interp(cycle.load.work, cycle.own, np.arange(cycle.own.size)), 0, cycle.own.size - 1)
-    low = np.minimum(place.astype(int), max(cycle.own.size - 2, 0))
-    high = np.minimum(low + 1, cycle.own.size - 1)
-    request = np.arange(n.size)
-    part = (place - low)[:, None]
-    added, varies, free = (rows[low, :, request] * (1 - part) + rows[high, :, request] * part).T
+        joining = beside + tau / 2 / n
+        return Decoding(floor, joining, crowd + tau**2 / 12 / n**2, single, np.ones(n.shape), none, none, 0.0)
+    added, varies, free = _interrupted(cycle, n)
     met = np.maximum(1 - free, 1e-9)
     load = cycle.load
     most = load.chunk + load.overhead - load.tau
     mean = np.minimum(np.maximum(added, 0.0) / met, 0.95 * most)
     variance = np.maximum((varies / n + np.maximum(added, 0.0) ** 2) / met - mean**2, 0.0)
-    return Decoding(floor, beside, crowd, free, mean, variance, most)
+    return Decoding(floor, beside, crowd, single, free, mean, variance, most)
 
 
-def _per_step(n: np.ndarray, at: np.ndarray, total: np.ndarray) -> np.ndarray:
-    """A growing total over n steps, known at some: its share per step; beyond the last it grows as it last did."""
-    beyond = np.maximum(n - at[-1], 0.0)
-    inside = np.interp(np.log(n), np.log(at), total / at)
-    last = (total[-1] - total[-2]) / (at[-1] - at[-2])
-    return np.asarray(np.where(beyond > 0, (total[-1] + beyond * last) / n, inside))
+def _interrupted(cycle: Cycle, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What prefills add to each request's n steps: mean and variance of the seconds per step, P(nothing).
+
+    Known after the doublings of the cycle, per class of own work; beyond the last, totals grow as they last did.
+    """
+    place = np.clip(np.interp(cycle.load.work, cycle.own, np.arange(cycle.own.size)), 0, cycle.own.size - 1)
+    low = np.minimum(place.astype(int), max(cycle.own.size - 2, 0))
+    part = place - low
+    high = np.minimum(low + 1, cycle.own.size - 1)
+    side, steps = np.concatenate([low, high]), np.concatenate([n, n])
+    at = cycle.steps
+    k = np.clip((steps > at[:, side]).sum(0) - 1, 0, len(at) - 2)
+    start, stop = at[k, side], at[k + 1, side]
+    inside = np.clip(np.log(steps / start) / np.log(stop / start), 0, 1)
+    beyond = np.maximum(steps - at[-1, side], 0.0)
+
+    def per_step(total: np.ndarray) -> np.ndarray:
+        each = total / at
+        growth = ((total[-1] - total[-2]) / (at[-1] - at[-2]))[side]
+        known = each[k, side] + (each[k + 1, side] - each[k, side]) * inside
+        return np.where(beyond > 0, (total[-1, side] + beyond * growth) / steps, known)
+
+    calm = np.log(np.maximum(cycle.free, 1e-300))
+    within = np.maximum((steps - start) / (stop - start), 0.0)
+    free = np.exp(calm[k, side] + (calm[k + 1, side] - calm[k, side]) * within)
+    parts = [x[: n.size] * (1 - part) + x[n.size :] * part for x in (per_step(cycle.mean), per_step(cycle.variance), free)]
+    return parts[0] - cycle.load.tau, parts[1], parts[2]
 
 
 def gamma_cdf(x: np.ndarray, mean: np.ndarray | float, variance: np.ndarray | float) -> np.ndarray:

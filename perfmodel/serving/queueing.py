@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -19,7 +20,9 @@ from perfmodel.serving.latency import Law, law
 
 _MOST_BUSY = 0.98
 _SPARE_SIGMAS = 2.0  # cached bytes may exceed their mean by this many standard deviations
-_MOST_DISPERSED = 20.0
+MOST_DISPERSED = 20.0
+"""Dispersion up to which the forms hold: beyond, a few bursts decide, not their variance."""
+_SAME_BATCH = 1e-6
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +108,9 @@ class Instance:
 
     def work(self, mix: Mix, batch: float) -> np.ndarray:
         """Prefill seconds of each request beside `batch` decoding sequences."""
-        context = batch * mix.context
-        if mix.cached is None:
-            return self.clock.prefill_work(mix.input, batch, context)
-        return self.clock.prefill_work(mix.input, batch, context, mix.cached)
+        if batch == 0:
+            return _alone(self.clock, mix)
+        return _beside(self.clock, mix, batch)
 
     def state(self, rate: float, mix: Mix) -> State:
         """Steady state at `rate` requests per second. Little's law is solved by bisection on the batch."""
@@ -143,10 +145,14 @@ class Instance:
         low, high = 0.0, float(self.clock.max_batch)
         if tokens_per_s * tau(high) > high:
             return math.inf
-        for _ in range(40):
+        # Below one sequence a step takes as long as with one.
+        few = tokens_per_s * tau(1.0)
+        if few <= 1:
+            return few
+        low = 1.0
+        while high - low > _SAME_BATCH * high:
             mid = (low + high) / 2
-            # Below one sequence a step takes as long as with one.
-            low, high = (mid, high) if tokens_per_s * tau(max(mid, 1.0)) > mid else (low, mid)
+            low, high = (mid, high) if tokens_per_s * tau(mid) > mid else (low, mid)
         return high
 
     def _held(self, rate: float, mix: Mix, work: np.ndarray, decoding: np.ndarray) -> float:
@@ -189,8 +195,8 @@ class Instance:
         """Why these forms do not hold at a state (replay decides there); empty where they do."""
         if not s.feasible:
             return s.reason
-        if dispersion > _MOST_DISPERSED:
-            return f"arrivals of dispersion {dispersion:.3g}: beyond {_MOST_DISPERSED:g} bursts decide, not their variance"
+        if dispersion > MOST_DISPERSED:
+            return f"arrivals of dispersion {dispersion:.3g}: beyond {MOST_DISPERSED:g} bursts decide, not their variance"
         found = self.law(s, mix, dispersion)
         if found.busy > _MOST_BUSY - 0.03:
             return "prefill is within 5 % of saturation"
@@ -227,7 +233,7 @@ class Instance:
             return 1.0
         return float(np.dot(weight, self.tpot_shares(limit, s, mix, dispersion)) / weight.sum())
 
-    def tpot_shares(self, limit: float, s: State, mix: Mix, dispersion: float = 1.0) -> np.ndarray:
+    def tpot_shares(self, limit: float | np.ndarray, s: State, mix: Mix, dispersion: float = 1.0) -> np.ndarray:
         """P(TPOT within `limit` seconds) of each request of the mix; 1 where there is only one token."""
         if self.role == "prefill":
             return np.ones(mix.input.shape)
@@ -255,6 +261,18 @@ class Instance:
         if self.role == "prefill" or not np.any(mix.steps > 0):
             return 0.0
         return invert(lambda t: self.tpot_met(t, s, mix, dispersion), p, s.step + self.handoff * float(np.max(mix.input)))
+
+
+def _beside(clock: StepClock, mix: Mix, batch: float) -> np.ndarray:
+    return clock.prefill_work(mix.input, batch, batch * mix.context, 0.0 if mix.cached is None else mix.cached)
+
+
+@lru_cache(maxsize=256)
+def _alone(clock: StepClock, mix: Mix) -> np.ndarray:
+    """Prefill seconds on an idle engine: every state of a mix starts from them."""
+    work = _beside(clock, mix, 0.0)
+    work.flags.writeable = False
+    return work
 
 
 def invert(share: Callable[[float], float], p: float, start: float) -> float:

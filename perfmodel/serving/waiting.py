@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from perfmodel.serving.cycle import Cycle
 
-_CLASSES = 16
-_BINS = 36
+_CLASSES = 10
+_SINGLE = 12  # cells that are bins of their own
+_BINS = 28
 _NOTHING = 1e-7
 _AFTER = 1 + 1e-9
 _PARTS = (1 / 6, 1 / 2, 5 / 6)
@@ -28,10 +31,11 @@ class Waiting:
         self._class = np.empty(own.size, int)
         for c, part in enumerate(parts):
             self._class[part] = c
-        share = np.array([load.weight[p].sum() for p in parts])
+        begin = np.cumsum([0] + [p.size for p in parts[:-1]])
+        share = np.add.reduceat(load.weight[order], begin)
 
         def middle(values: np.ndarray) -> np.ndarray:
-            return np.array([load.weight[p] @ values[p] for p in parts]) / share
+            return np.asarray(np.add.reduceat((load.weight * values)[order], begin) / share)
 
         work, first = middle(load.work), middle(own)
         waits, chance = _waits(cycle, work)
@@ -74,22 +78,20 @@ def _waits(cycle: Cycle, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     own = work[:, None]
     least = np.maximum(np.ceil(own / load.chunk - 1e-9), 1)
     alone = load.seconds(own)
-    found, chance = [], []
-    for law, running in zip(cycle.gathered, cycle.running, strict=True):
-        seconds, weight = _binned(cycle.grid, law)
-        if not seconds.size:
-            continue
-        rest = np.minimum(running / 2, seconds)
-        others = seconds - rest
-        fits = int(np.searchsorted(others, load.chunk - work[-1], side="right"))
-        if fits:
-            short = slice(0, fits)
-            found.append(rest[short] + load.seconds(own + others[short]) - alone)
-            chance.append(weight[short])
-        if fits == others.size:
-            continue
-        rest, others, weight = rest[fits:], others[fits:], weight[fits:]
+    start, width = _bins(cycle.grid.size)
+    middle = np.add.reduceat(cycle.grid, start) / width
+    # Requests that share a step, behind a running one of its group's length.
+    weight = np.add.reduceat(cycle.gathered, start, axis=1)
+    group, bin_ = np.nonzero(np.abs(weight) > _NOTHING)
+    seconds, weight = middle[bin_], weight[group, bin_]
+    rest = np.minimum(cycle.running[group] / 2, seconds)
+    others = seconds - rest
+    fits = others <= load.chunk - work[-1]
+    found = [rest[fits] + load.seconds(own + others[fits]) - alone]
+    chance = [weight[fits]]
+    if not fits.all():
         # Where the gate exceeds a budget of tokens it matters how many stand before the request: evenly many.
+        rest, others, weight = rest[~fits], others[~fits], weight[~fits]
         together = load.seconds(own + others) - alone
         one_step = own + others <= load.chunk
         for place in _PLACES:
@@ -97,7 +99,9 @@ def _waits(cycle: Cycle, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             served = np.minimum(own + others + busy * (steps - 1) * full, steps * load.chunk) - own
             found.append(rest + np.where(one_step, together, served + (steps - least) * load.overhead))
             chance.append(weight / len(_PLACES))
-    seconds, weight = _binned(cycle.grid, cycle.ahead)
+    weight = np.add.reduceat(cycle.ahead, start)
+    some = np.abs(weight) > _NOTHING
+    seconds, weight = middle[some], weight[some]
     for part in _PARTS if seconds.size else ():
         rest = np.minimum(part * full, seconds)
         place = own + (seconds - rest) / (1 + load.overhead / load.chunk)
@@ -106,18 +110,11 @@ def _waits(cycle: Cycle, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         filled = np.minimum(steps * load.chunk - place, busy * (rest + (steps - 1) * full))
         found.append(seconds + filled)
         chance.append(weight / len(_PARTS))
-    if not found:
-        return np.zeros((work.size, 0)), np.zeros(0)
     return np.concatenate(found, axis=1), np.concatenate(chance)
 
 
-def _binned(grid: np.ndarray, law: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The law on fewer points, ever wider apart: their means and weights."""
-    if not np.any(np.abs(law) > _NOTHING):
-        return np.zeros(0), np.zeros(0)
-    last = int(np.flatnonzero(np.abs(law) > _NOTHING)[-1]) + 1
-    edges = np.unique(np.round(np.concatenate([np.arange(min(16, last)), np.geomspace(16, max(last, 17), _BINS)[:-1]])))
-    edges = edges[edges < last].astype(int)
-    weight = np.add.reduceat(law[:last], edges)
-    middle = np.add.reduceat(grid[:last], edges) / np.diff(np.append(edges, last))
-    return middle, weight
+@lru_cache(maxsize=8)
+def _bins(cells: int) -> tuple[np.ndarray, np.ndarray]:
+    """First cell and width of the bins that stand for a law's cells, ever wider apart."""
+    start = np.unique(np.concatenate([np.arange(_SINGLE), np.geomspace(_SINGLE, cells, _BINS)[:-1].round()]).astype(int))
+    return start, np.diff(np.append(start, cells))

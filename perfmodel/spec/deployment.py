@@ -81,8 +81,7 @@ def read(path: str | Path) -> Deployment:
     """The deployment in a plan's JSON (its key `deployment`), or a file that is one. Raises SpecError with the line."""
     document = yaml.read(path)
     if isinstance(document.data, dict) and "deployment" in document.data:
-        lines = {key[1:]: line for key, line in document.lines.items() if key[:1] == ("deployment",)}
-        document = yaml.Document(document.data["deployment"], document.file, lines)
+        document = document.part("deployment")
     elif isinstance(document.data, dict) and {"fleet", "workload"} & set(document.data):
         raise SpecError(
             "this is a planning job, not a plan: run `perfmodel plan` on it and give the plan.json it writes",

@@ -141,6 +141,13 @@ class Objectives(Spec):
     window: Time = 300.0
     """Percentiles must hold in every window of this length, not only over the whole trace."""
 
+    @model_validator(mode="after")
+    def _slopes(self) -> Objectives:
+        for metric in ("tpot", "itl", "longest_gap"):
+            if any(limit.per_token for limit in getattr(self, metric).values()):
+                raise ValueError(f"a limit on {metric} does not depend on the input length; only those of ttft and e2e may")
+        return self
+
 
 @dataclass(frozen=True)
 class RateSpec:

@@ -40,6 +40,17 @@ class Document:
             path = path[:-1]
         return self.lines.get(path)
 
+    def part(self, *path: str | int) -> Document:
+        """What stands at a path, with its lines. Raises SpecError where nothing does."""
+        data = self.data
+        for i, key in enumerate(path):
+            inside = key in data if isinstance(data, dict) else isinstance(data, list) and key in range(len(data))
+            if not inside:
+                raise SpecError(f"there is no {key!r} here", file=self.file, line=self.line(path[:i]))
+            data = data[key]
+        lines = {k[len(path) :]: line for k, line in self.lines.items() if k[: len(path)] == path}
+        return Document(data, self.file, lines)
+
 
 def _scalar(node: yaml.ScalarNode) -> Any:
     text = node.value

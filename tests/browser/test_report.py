@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -204,10 +204,14 @@ def test_hostile_names_do_nothing(browser: Any, visit: Open, run: PlanRun, tmp_p
     attack = "<img src=x onerror=\"window.struck=1\"></script><script>window.struck=1</script><a href='javascript:struck=1'>x</a>"
     for alternative in data["alternatives"]:
         alternative["name"] = attack
+    cell = first.peak[0]
+    # `replace` would enumerate every layout anew.
+    service = copy(cell.service)
+    service.workload = replace(service.workload, described=attack)
     hostile = replace(
         run,
         spec=run.spec.model_copy(update={"model": attack}),
-        plans=[replace(first, data=data, workload=replace(first.workload, described=attack))],
+        plans=[replace(first, data=data, peak=[replace(cell, service=service)])],
     )
     visit(page.write(hostile, tmp_path))
     assert browser.execute_script("return window.struck === undefined")

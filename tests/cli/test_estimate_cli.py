@@ -254,3 +254,15 @@ def test_a_load_beyond_the_device_is_infeasible(cli: Callable[..., Any]) -> None
     assert "error: 1e+04 requests/s" in outcome.err
     most = outcome.err.rsplit("--rate ", 1)[1].strip()
     assert cli(*LLAMA, "--rate", 0.99 * float(most)).code == 0
+
+
+def test_the_page_says_what_a_rate_is_worth(cli: Callable[..., Any]) -> None:
+    one = (*LLAMA, "--isl", 1000, "--osl", 200)
+    text = " ".join(cli(*one, "--rate", 5, "--ttft", "200 ms").out.split())
+    for wanted in ("front end", "attainment", "goodput", "capacity", "per device", "ITL p50", "longest gap p50"):
+        assert wanted in text
+    # 1 / 27.25 ms: vLLM's API process per request of 200 tokens.
+    refused = cli(*LLAMA, "--isl", 50, "--osl", 200, "--rate", 40)
+    assert (refused.code, refused.out) == (3, "")
+    assert "front end" in refused.err
+    assert "Nearest feasible change: --rate 36" in refused.err

@@ -17,8 +17,8 @@ import perfmodel
 from perfmodel.cli import main
 
 VERBS = (
-    "estimate", "explain", "plan", "replay", "emit", "lint", "place", "validate", "calibrate", "ingest", "measure-next", "trace",
-    "models", "hardware",
+    "estimate", "explain", "plan", "replay", "report", "emit", "lint", "place", "validate", "calibrate", "ingest", "measure-next",
+    "trace", "models", "hardware",
 )  # fmt: skip
 HEAVY = ("numpy", "sympy", "pulp", "highspy", "plotly", "jinja2", "pydantic", "yaml", "rich", "torch")
 PROGRAM = "from perfmodel.cli import main; main()"

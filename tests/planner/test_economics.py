@@ -67,32 +67,6 @@ def test_ten_types_of_twenty_buckets_to_a_thousandth_in_ten_seconds(multiple: fl
     assert len(fleet) == len({c.offer.node.name for c in columns})
 
 
-def test_a_mix_of_gpus_beats_every_single_type() -> None:
-    """Melange (arXiv:2404.14527): at its on-demand prices (L4 0.70, A10G 1.01, A100 3.67, H100 7.516 USD/h) small requests are
-    cheapest on small GPUs and large ones on large GPUs, so a mixed load is cheapest on a mix."""
-    paper = {"l4": 0.70, "a10g": 1.01, "a100-80": 3.67, "h100": 7.516}
-    columns, fleet, _ = large(13.5e9, tpot=0.12)  # Llama-2-7B in 16 bits, the paper's loose limit
-    fleet = [replace(o, price=8 * paper[o.node.name] / 3600) for o in fleet if o.node.name in paper]
-    by_name = {o.node.name: o for o in fleet}
-    # As in the paper: one GPU an instance, both phases on it.
-    columns = [
-        replace(c, offer=by_name[c.offer.node.name]) for c in columns
-        if c.offer.node.name in paper and c.layout.role == "colocated" and c.layout.tp == 1
-    ]  # fmt: skip
-    mixed = np.zeros(20)
-    mixed[2], mixed[14] = 900.0, 60.0  # many short chats, some long documents
-    rates = [float(x) for x in mixed]
-    best = optimise(Question.single(columns, fleet, rates, "cost"), gap=1e-4)
-    alone = {}
-    for o in fleet:
-        mine = [c for c in columns if c.offer is o]
-        alone[o.node.name] = optimise(Question.single(mine, [o], rates, "cost"), gap=1e-4).solution.objective
-    print(alone, best.solution.objective)
-    assert best.solution.objective < 0.97 * min(alone.values())
-    used = {o.node.name for t, o in enumerate(fleet) if sum(nodes_bought(best.program.question, best.values, t, 0))}
-    assert len(used) >= 2
-
-
 @given(st.lists(st.tuples(st.integers(1, 6), st.floats(0.1, 1.0)), min_size=1, max_size=6), st.floats(0.0, 20.0))
 @settings(max_examples=25, deadline=None)
 def test_capacity_held_is_the_largest_load_to_come(periods: list[tuple[int, float]], lag: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,11 @@ from perfmodel.report import page
 
 def test_the_page_stands_beside_its_data(run: PlanRun, written: Path) -> None:
     assert written.name == "report.html"
-    assert json.loads((written.parent / "plan.json").read_text()) == run.data
+    stored = json.loads((written.parent / "plan.json").read_text())
+    folder = stored["request"].pop("folder")
+    assert (written.parent / folder).resolve() == Path(run.file).parent.resolve()
+    asked = run.data["request"]
+    assert stored == run.data | {"request": {"file": asked["file"], "content": asked["content"]}}
     # plotly.js alone is 4.8 MB.
     assert written.stat().st_size < 7e6
 
@@ -66,9 +70,9 @@ def test_every_load_has_every_section_and_chart(name: str, charts: int, request:
     panels = [a["id"] for _, a in shown.elements if a.get("class") == "load-panel wrap"]
     assert panels == (["load-1", "load-4"] if name == "shown" else ["load-1"])
     ids = [a["id"] for tag, a in shown.elements if tag == "section"]
-    wanted = ("headline", "plan", "roofline", "breakdown", "frontier", "memory", "replay", "workload", "why", "uncertainty")
+    wanted = ("headline", "plan", "roofline", "breakdown", "frontier", "memory", "replay", "workload", "why", "what_if", "uncertainty")
     for panel in panels:
-        assert [x for x in ids if x.startswith(panel)] == [f"{panel}-{section}" for section in wanted]
+        assert [x for x in ids if x.startswith(panel)] == [f"{panel}-{section.replace('_', '-')}" for section in wanted]
         assert sum(key.startswith(f"{panel}-") for key in shown.charts) == charts
     # A comparison of loads is only for several.
     assert ("run-loads" in ids) == (len(panels) > 1)
@@ -89,19 +93,19 @@ def test_the_plan_file_is_there_verbatim(shown: Any, folder: Path) -> None:
 
 def test_hostile_names_stay_text(run: PlanRun, tmp_path: Path, read: Any) -> None:
     """Names come from the user's files: none of them may become an element, an attribute or the end of a script."""
-    file = tmp_path / 'x"><img src=y onerror=alert(1)>.yaml'
-    file.write_text("# </pre><script>alert(2)</script>\n")
     first = run.plans[0]
     data = deepcopy(first.data)
     data["alternatives"][0]["name"] = '</script><script>alert(3)</script><a href="javascript:alert(4)">x</a>'
     data["nodes"][0]["price_source"] = "<svg onload=alert(5)>"
-    cell = first.cells[0]
-    workload = replace(first.workload, described="<!--<script>")
+    cell = first.peak[0]
+    service = copy(cell.service)  # `replace` would enumerate every layout anew
+    service.workload = replace(service.workload, described="<!--<script>")
     hostile = replace(
         run,
         spec=run.spec.model_copy(update={"model": "</title><script>alert(6)</script>"}),
-        file=str(file),
-        plans=[replace(first, data=data, cells=[replace(cell, service=replace(cell.service, workload=workload))])],
+        file='x"><img src=y onerror=alert(1)>.yaml',
+        listing="# </pre><script>alert(2)</script>\n",
+        plans=[replace(first, data=data, peak=[replace(cell, service=service)])],
     )
     shown = read(page.write(hostile, tmp_path / "out"))
     plain = read(page.write(replace(run, plans=[first]), tmp_path / "plain"))

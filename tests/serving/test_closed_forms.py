@@ -66,6 +66,7 @@ CELLS = [
     ("70b", "colocated", "conv", 1, 0.65), ("70b", "colocated", "code", 1, 0.3), ("70b", "prefill", "conv", 1, 0.5),
     ("70b", "prefill", "moon", 1, 0.2), ("8b", "decode", "conv", 1, 0.5), ("8b", "colocated", "conv", 2, 0.2),
     ("70b", "colocated", "code", 2, 0.5), ("70b", "prefill", "code", 2, 0.5), ("8b", "decode", "code", 4, 0.3),
+    ("8b", "colocated", "conv", 0.5, 0.5), ("70b", "colocated", "conv", 0.7, 0.65), ("70b", "prefill", "code", 0.7, 0.5),
 ]  # fmt: skip
 
 
@@ -81,6 +82,21 @@ def test_percentiles_follow_the_simulation(model, role, trace, cv, load, clocks,
             seen = getattr(out, metric)[600:]
             for p, rel in ((0.5, 0.10), (0.95, 0.20)):
                 assert quantile(p, s, mix, dispersion) == pytest.approx(float(np.nanquantile(seen, p)), rel=rel)
+
+
+@pytest.mark.parametrize("instances", [2, 4])
+def test_requests_dealt_out_in_turn_wait_less(instances, clocks, traces, mixes):
+    """Every n-th request of a Poisson stream: gaps of squared CV 1/n, and shorter waits than a stream split at random."""
+    one, mix = Instance(clocks["70b", "conv"], "colocated", AMPLE), mixes["conv"]
+    rate = 0.7 * goodput.highest_rate(one, mix)
+    every = requests(traces["conv"], instances * rate, 5000 * instances, 5)
+    dealt = Requests(every.arrival[::instances], every.input[::instances], every.output[::instances])
+    seen = simulate(one.clock, AMPLE, dealt).ttft[500:]
+    s = one.state(rate, mix)
+    for p, rel in ((0.5, 0.10), (0.95, 0.20)):
+        found = one.ttft_quantile(p, s, mix, 1 / instances)
+        assert found == pytest.approx(float(np.quantile(seen, p)), rel=rel)
+    assert found < 0.95 * one.ttft_quantile(0.95, s, mix, 1.0)
 
 
 def test_littles_law_holds_in_the_simulation(clock, traces):
@@ -137,10 +153,10 @@ def test_equal_prompts_one_at_a_time_wait_as_in_m_d_1():
     assert cycle.idle == pytest.approx(1 - rate * service, abs=0.02)
 
 
-@pytest.mark.parametrize("dispersion", [1.0, 4.0, 16.0])
+@pytest.mark.parametrize("dispersion", [0.25, 0.5, 0.8, 1.0, 4.0, 16.0])
 def test_phases_have_the_rate_and_dispersion_asked_for(dispersion):
     found = renewal.gamma(7.0, dispersion, 0.01)
-    assert float(found.share @ (1 / found.mu)) == pytest.approx(1 / 7, rel=1e-6)
+    assert float(found.share @ found.until) == pytest.approx(1 / 7, rel=1e-6)
     assert found.dispersion == pytest.approx(dispersion, rel=1e-4)
     assert np.all(found.share >= 0)
     # Long after an arrival (dispersion - 1)/2 more have come than the rate says, as a count of gamma gaps shows.
@@ -166,7 +182,7 @@ def test_percentiles_grow_with_bursts(clock, mix):
     one = Instance(clock, "colocated", AMPLE)
     s = one.state(6.0, mix)
     for quantile in (one.ttft_quantile, one.tpot_quantile):
-        values = [quantile(0.95, s, mix, d) for d in (1.0, 2.0, 4.0, 16.0)]
+        values = [quantile(0.95, s, mix, d) for d in (0.25, 0.5, 1.0, 2.0, 4.0, 16.0)]
         assert values == sorted(values)
 
 
@@ -219,13 +235,33 @@ def test_capacity_is_where_attainment_crosses_its_share(clock, mix):
     assert goodput.goodput(one, s, mix, goals) == pytest.approx(0.95 * rate, rel=0.02)
 
 
-def test_gaps_between_tokens_follow_the_simulation(clocks, mixes, traces):
-    one, mix = Instance(clocks["70b", "conv"], "colocated", AMPLE), mixes["conv"]
+@pytest.mark.parametrize(
+    ("model", "trace", "cv"), [("70b", "conv", 1), ("8b", "conv", 2), ("8b", "code", 1), ("70b", "code", 2), ("8b", "moon", 1)]
+)
+def test_gaps_between_tokens_and_attainment_follow_the_simulation(model, trace, cv, clocks, mixes, traces):
+    """ITL p50 and p99, the longest gap of a request, and the share that meets limits which a tenth misses each."""
+    one, mix, dispersion = Instance(clocks[model, trace], "colocated", AMPLE), mixes[trace], float(cv**2)
     rate = 0.5 * goodput.highest_rate(one, mix)
-    s = one.state(rate, mix)
-    out = simulate(one.clock, AMPLE, requests(traces["conv"], rate, 5000, 8))
+    s, r = one.state(rate, mix), requests(traces[trace], rate, 6000, 17, cv)
+    out = simulate(one.clock, AMPLE, r)
     for p in (0.5, 0.99):
-        assert goodput.itl_quantile(one, p, s, mix) == pytest.approx(out.gaps.percentile(p), rel=0.20)
+        assert goodput.itl_quantile(one, p, s, mix, dispersion) == pytest.approx(out.gaps.percentile(p), rel=0.25)
+    longest = float(np.quantile(out.longest_gap[600:][r.output[600:] > 1], 0.95))
+    assert goodput.longest_gap_quantile(one, 0.95, s, mix, dispersion) == pytest.approx(longest, rel=0.20)
+    ttft, tpot = (float(np.nanquantile(x[600:], 0.9)) for x in (out.ttft, out.tpot))
+    met = float(np.mean((out.ttft[600:] <= ttft) & ~(out.tpot[600:] > tpot)))
+    assert goodput.attainment(one, s, mix, goodput.Goals(ttft, tpot), dispersion) == pytest.approx(met, abs=0.05)
+
+
+def test_seconds_outside_the_engine_count_against_ttft(clock, mix):
+    one, goals = Instance(clock, "colocated", AMPLE), goodput.Goals(ttft=0.15)
+    s = one.state(6.0, mix)
+    assert goodput.attainment(one, s, mix, goals, outside=0.05) == goodput.attainment(one, s, mix, goodput.Goals(ttft=0.15 - 0.05))
+    free, slowed, bound = (
+        goodput.capacity(one, mix, goals, **k) for k in ({}, {"outside": lambda _: 0.05}, {"most": 2.0})
+    )
+    assert slowed < free
+    assert bound == 2.0
 
 
 @pytest.mark.parametrize("p", [0.9, 0.95])

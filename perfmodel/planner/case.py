@@ -1,0 +1,176 @@
+"""A set of buckets on one instance: what it sees at a rate, and the rate at which it just keeps every promise."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+
+from perfmodel.estimator import Estimator
+from perfmodel.planner.layout import Layout
+from perfmodel.planner.promise import Verdict, judge
+from perfmodel.planner.reuse import Reuse
+from perfmodel.planner.transfer import exposed_per_token
+from perfmodel.serving import arrivals, frontend
+from perfmodel.serving.clock import StepClock, kv_tokens
+from perfmodel.serving.modes import WholeClock, WholeInstance
+from perfmodel.serving.queueing import MOST_DISPERSED, Instance, Mix
+from perfmodel.serving.split import Sides, SplitClock, SplitInstance
+from perfmodel.serving.workload import Bucket, Workload
+from perfmodel.spec.deployment import Routing
+from perfmodel.spec.workload import Objectives
+
+_IDLE = 1e-4
+_STRIDE = 1.3
+_PRECISION = 1.02
+_TIGHT = 0.01
+"""A rate is high enough once one promise has no more than this share of its permitted misses left."""
+
+
+def bucket_mix(buckets: list[Bucket], chosen: tuple[int, ...], weights: np.ndarray | None = None) -> Mix:
+    """Joint lengths of some buckets, weighted by their shares (or by given rates)."""
+    shares = np.array([b.share for b in buckets]) if weights is None else weights
+    inputs = np.concatenate([buckets[k].input for k in chosen])
+    outputs = np.concatenate([buckets[k].output for k in chosen])
+    weight = np.concatenate([np.full(buckets[k].input.size, shares[k] / buckets[k].input.size) for k in chosen])
+    return Mix(inputs, outputs, weight / weight.sum())
+
+
+@dataclass(frozen=True)
+class Case:
+    """A set of buckets on one instance: what it sees at a rate, and the rate at which it just keeps every promise."""
+
+    instance: Instance
+    estimator: Estimator
+    buckets: list[Bucket]
+    chosen: tuple[int, ...]
+    workload: Workload
+    objectives: Objectives
+    reuse: Reuse | None
+    routing: Routing = "round-robin"
+
+    def dispersion(self, instances: float) -> float:
+        """Squared CV of the gaps between requests at one of so many instances, as far as the closed forms reach.
+
+        Beyond that they are only where the search begins, and replay decides (run.py).
+        """
+        return min(arrivals.dealt(self.workload.dispersion, instances, self.by_chance), MOST_DISPERSED)
+
+    @property
+    def by_chance(self) -> float:
+        """Share of the requests whose instance owes nothing to what the others hold: the router's dice, or a prompt's prefix."""
+        if self.routing == "random":
+            return 1.0
+        if self.routing != "prefix-affine" or self.reuse is None:
+            return 0.0
+        shares = np.array([self.buckets[k].share for k in self.chosen])
+        return float(shares @ [np.mean(_cached(self.buckets[k]) > 0) for k in self.chosen] / shares.sum())
+
+    @property
+    def most(self) -> float:
+        """Requests per second of these buckets together."""
+        return self.workload.rate * sum(self.buckets[k].share for k in self.chosen)
+
+    def replicas(self, rate: float) -> float:
+        """Instances among which the buckets are dealt at so many requests per second each."""
+        return max(1.0, self.most / rate) if rate > 0 else 1.0
+
+    def mix(self, rate: float) -> Mix:
+        """Lengths of the requests, with what the prefix cache beside the running batch holds of them."""
+        return self.seen(bucket_mix(self.buckets, self.chosen), self.chosen, rate)
+
+    def seen(self, mix: Mix, served: tuple[int, ...], rate: float) -> Mix:
+        """A mix of the buckets `served` at `rate` per instance, with its cached tokens.
+
+        A prefix is found whole or not at all, so every point becomes two: found with the bucket's chance, and not. Running
+        requests have the first right to memory, so the cache has what they leave; two rounds settle that.
+        """
+        if self.reuse is None or self.instance.role == "decode":
+            return mix
+        ideal = np.concatenate([_cached(self.buckets[k]) for k in served])
+        owner = self.owner(served)[: mix.input.size]
+        # Prompt tokens that reach one instance, as a share of all: what its cache must keep.
+        tokens = max(rate, _IDLE) * mix.mean(mix.input)
+        parts = max(self.workload.rate * sum(b.share * float(b.input.mean()) for b in self.buckets) / tokens, 1.0)
+        found = np.concatenate([np.minimum(ideal, mix.input - 1), np.zeros_like(ideal)])
+        twice = Mix(np.tile(mix.input, 2), np.tile(mix.output, 2), np.tile(mix.weight, 2), found)
+        left = self.instance.kv_tokens
+        for _ in range(2):
+            chance = self.reuse.share(left, parts)[owner]
+            whole = replace(twice, weight=np.concatenate([mix.weight * chance, mix.weight * (1 - chance)]))
+            s = self.instance.state(max(rate, _IDLE), whole)
+            left = self.instance.kv_tokens * max(1 - s.kv_share, 0.0) if s.feasible else 0.0
+        return whole
+
+    def owner(self, served: tuple[int, ...]) -> np.ndarray:
+        """Bucket of each point of a mix of these buckets, points with found prefixes first."""
+        one = np.repeat(served, [self.buckets[k].input.size for k in served])
+        return one if self.reuse is None or self.instance.role == "decode" else np.concatenate([one, one])
+
+    def judge(self, rate: float) -> Verdict:
+        """The promise that breaks at a rate, or comes nearest to it.
+
+        Prefix affinity gives the busiest instance more than its share.
+        """
+        mix, replicas = self.mix(rate), self.replicas(rate)
+        uneven = self.reuse.imbalance(replicas) if self.reuse else 1.0
+        s = self.instance.state(rate * uneven, mix)
+        dispersion = self.dispersion(math.floor(replicas))
+        return judge(self.instance, s, mix, self.objectives, dispersion, self.estimator.engine)
+
+    def highest_rate(self, guess: float = 0.0) -> tuple[float, str]:
+        """Highest rate at which every promise is kept (0: none), and what breaks beyond it. guess: where it may lie."""
+        most, beyond = self.most, "the whole load"
+        mix = self.mix(0.0)
+        if self.instance.role != "decode" and self.estimator.engine.frontend is not None:
+            carried = frontend.rate_bound(self.estimator.engine, mix.mean(mix.input), mix.mean(mix.output))
+            if carried < most:
+                most, beyond = carried, "the engine's front end"
+        low = high = min(guess, most) or most
+        verdict = self.judge(high)
+        # From the guess outwards, in growing strides, until one rate holds and a higher one does not.
+        above = below = verdict
+        stride = _STRIDE
+        while not above.broken:
+            if high >= most:
+                return most, beyond
+            low, below = high, above
+            high, stride = min(high * stride, most), stride * stride
+            above = self.judge(high)
+        while below.broken:
+            if low <= _IDLE:
+                return 0.0, ""
+            high, above = low, below
+            low, stride = max(low / stride, _IDLE), stride * stride
+            below = self.judge(low)
+        return self._between(low, below, high, above)
+
+    def _between(self, low: float, below: Verdict, high: float, above: Verdict) -> tuple[float, str]:
+        """The rate where the slack vanishes, by secants kept inside the bracket (Illinois method) on the logarithm."""
+        left, right = below.slack, above.slack
+        while high > low * _PRECISION and below.slack > _TIGHT:
+            part = left / (left - right) if math.isfinite(right) and math.isfinite(left) else 0.5
+            trial = low * (high / low) ** min(max(part, 0.1), 0.9)
+            verdict = self.judge(trial)
+            if verdict.broken:
+                high, above, right, left = trial, verdict, verdict.slack, left / 2
+            else:
+                low, below, left, right = trial, verdict, verdict.slack, right / 2
+        return low, above.name
+
+
+def _cached(bucket: Bucket) -> np.ndarray:
+    return np.zeros(bucket.input.shape) if bucket.cached is None else bucket.cached
+
+
+def serving_instance(built: tuple[Estimator, StepClock], layout: Layout, mix: Mix) -> Instance:
+    """What answers for a layout's percentiles."""
+    e, clock = built
+    room = kv_tokens(e, mix.context)
+    if isinstance(clock, SplitClock):
+        # It answers to the same calls as an Instance.
+        return cast(Instance, SplitInstance(Sides(e, mix.context, layout.prefill_share), room))
+    kind = WholeInstance if isinstance(clock, WholeClock) else Instance
+    return kind(clock, layout.role, room, exposed_per_token(e, clock, mix) if layout.role == "decode" else 0.0)

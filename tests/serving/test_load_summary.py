@@ -1,0 +1,75 @@
+"""`estimate --rate`: the front end in TTFT and capacity, attainment, goodput, gaps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from perfmodel import calibration
+from perfmodel.errors import Infeasible
+from perfmodel.estimator import Estimator
+from perfmodel.serving import batching, frontend
+
+SHAPE = {"isl": 1000, "osl": 200}
+
+
+@pytest.fixture(scope="module")
+def estimator() -> Estimator:
+    return Estimator("llama-3.1-8b", "h100-sxm")
+
+
+def summary(e: Estimator, rate: float | None = None, concurrency: int | None = None, **limits: float) -> dict[str, Any]:
+    limits = {"ttft": None, "tpot": None, **limits}
+    return batching.serving_summary(e, **SHAPE, rate=rate, concurrency=concurrency, **limits)
+
+
+def test_a_first_token_passes_the_front_end_once(estimator: Estimator) -> None:
+    """Without load: 4 ms + 1.6 us a token of vLLM's rows, which hold tokeniser and API server, and one prefill step."""
+    found = summary(estimator, 0.01)
+    unloaded = frontend.ttft_overhead(calibration.engine("vllm"), 1000).total
+    assert found["front_end"]["ttft_s"] == pytest.approx(unloaded, rel=0.01)
+    assert found["ttft_s"]["p50"] == pytest.approx(unloaded + float(estimator.prefill(1, 1000)), rel=0.02)
+
+
+def test_waiting_for_the_api_process_grows_with_the_rate(estimator: Estimator) -> None:
+    found = [summary(estimator, rate)["front_end"] for rate in (2.0, 10.0, 18.0)]
+    assert [x["ttft_s"] for x in found] == sorted(x["ttft_s"] for x in found)
+    # A request of 200 tokens: 1/500 + 200/8,000 s, and 1.25 us a token to detokenise.
+    each = 1 / 500 + 200 / 8000 + 200 * 1.25e-6
+    assert [x["utilisation"] for x in found] == pytest.approx([2 * each, 10 * each, 18 * each])
+
+
+def test_a_busy_front_end_is_infeasible(estimator: Estimator) -> None:
+    """The front end carries 1 / 27.25 ms = 36.7 requests/s; short prompts leave the device time for more."""
+    with pytest.raises(Infeasible) as refused:
+        batching.serving_summary(estimator, 50, 200, rate=40, concurrency=None, ttft=None, tpot=None)
+    assert "front end" in str(refused.value)
+    nearest = float(str(refused.value.nearest).split()[-1])
+    assert 36 < nearest < 1 / 0.02725
+    assert batching.serving_summary(estimator, 50, 200, rate=nearest, concurrency=None, ttft=None, tpot=None)
+    loop = batching.serving_summary(estimator, 50, 200, rate=None, concurrency=2000, ttft=None, tpot=None)
+    assert loop["rate_per_s"] < 1 / 0.02725
+
+
+def test_capacity_is_where_attainment_crosses_its_target(estimator: Estimator) -> None:
+    limits = {"ttft": 0.05, "tpot": 0.012}
+    found = summary(estimator, 5, **limits)
+    assert found["goodput_per_s"] == pytest.approx(5 * found["attainment"])
+    most = found["capacity_per_s"]
+    assert summary(estimator, 0.98 * most, **limits)["attainment"] >= 0.95 > summary(estimator, 1.02 * most, **limits)["attainment"]
+    for name in ("goodput", "capacity"):
+        assert found[f"{name}_per_s_per_device"] == found[f"{name}_per_s"]
+    # A limit below the front end's own seconds cannot be met.
+    assert summary(estimator, 5, ttft=0.004)["attainment"] == 0
+
+
+def test_percentiles_are_in_order(estimator: Estimator) -> None:
+    found = summary(estimator, 10)
+    for name in ("ttft_s", "tpot_s", "itl_s", "longest_gap_s"):
+        values = [found[name][p] for p in ("p50", "p90", "p95", "p99")]
+        assert values == sorted(values)
+        assert np.isfinite(values).all()
+    # The longest of 199 gaps is at least the one of every hundredth.
+    assert found["longest_gap_s"]["p50"] >= found["itl_s"]["p95"]
