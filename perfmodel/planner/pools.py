@@ -12,7 +12,7 @@ from perfmodel.planner.columns import Column
 from perfmodel.planner.layout import Layout
 from perfmodel.planner.promise import judge, promises
 from perfmodel.serving import arrivals
-from perfmodel.serving.queueing import Mix, State
+from perfmodel.serving.queueing import MOST_DISPERSED, Mix, State
 from perfmodel.serving.workload import Bucket
 from perfmodel.spec.workload import Limit, Objectives
 
@@ -62,7 +62,8 @@ def pools(
     result: list[Pool] = []
     for parts in found.values():
         whole = _merged(parts, buckets)
-        result += [whole] if not missed(whole, objectives, dispersion) else parts
+        # Beyond the closed forms' range replay is the judge, and bursts are carried best together.
+        result += [whole] if dispersion > MOST_DISPERSED or not missed(whole, objectives, dispersion) else parts
     return result
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable
@@ -30,7 +31,7 @@ from perfmodel.serving.queueing import MOST_DISPERSED
 from perfmodel.spec import yaml
 from perfmodel.spec.plan import PlanFile
 
-_ROUNDS = 10
+_ROUNDS = 14
 _TIGHTER = 0.93
 _LOOSER = 1.3
 _BETTER = 1e-6
@@ -136,11 +137,18 @@ def _one(spec: PlanFile, base: Path, load: float, listed: list[Offer], built: di
     rounds: list[dict[str, Any]] = []
     often: dict[Layout, int] = {}
     kept: _Kept | None = None
+
+    def raise_all() -> None:
+        for found in _enumerators(fleet):
+            found.loosen(_LOOSER, often)
+
     for attempt in range(_ROUNDS):
         question = ask(fleet)
         best = _solve(fleet, question)
-        if kept is not None and best.solution.objective >= kept.best.solution.objective * (1 - _BETTER):
-            break
+        known = math.inf if kept is None else kept.best.solution.objective
+        if best.solution.objective >= known - _BETTER * abs(known):
+            raise_all()
+            continue
         values = fewest_instances(best)
         cells, misses = check(fleet, question, values)
         rounds.append({
@@ -152,8 +160,7 @@ def _one(spec: PlanFile, base: Path, load: float, listed: list[Offer], built: di
             if all(s.workload.dispersion <= MOST_DISPERSED for s in fleet.services):
                 break
             # Closed forms do not hold for such bursts: let replay say how much more the columns can carry.
-            for found in _enumerators(fleet):
-                found.loosen(_LOOSER, often)
+            raise_all()
         for service, pool in {(id(s), id(p)): (s, p) for s, p, _ in misses}.values():
             layout = pool.column.layout
             often[layout] = often.get(layout, 0) + 1
