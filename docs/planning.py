@@ -79,7 +79,7 @@ The plan of lowest latency may cost twice as much as the cheapest.
 SAVINGS = """
 Promised: the closed form at the plan's real mix. For Azure code the arrivals of the window (squared CV of the gaps above 20) are beyond the
 closed forms; there they only start the search, and replay decides how much each pool carries. The gap is then that of the last round's
-columns, and the search a heuristic: with other rounds it has found three nodes for 64.56 USD/h where the table says four.
+columns, and the search a heuristic.
 
 ## What the integer program saves
 

@@ -22,11 +22,14 @@ from perfmodel.errors import SpecError, UnknownName, did_you_mean
 from perfmodel.spec import yaml
 from perfmodel.spec.hardware import Device, Network, Node, PriceList
 from perfmodel.spec.model import Model
+from perfmodel.spec.technique import Preset
 
-_KINDS = ("hardware", "models", "papers", "reports")
+_KINDS = ("hardware", "models", "papers", "reports", "techniques")
 _user_roots: list[Path] = []
 # Folders under hardware/ that hold no devices.
 _NOT_HARDWARE = {"prices", "calibrations"}
+# What stands beside the papers and is none.
+_NOT_PAPERS = {"systems.yaml"}
 
 
 def use_specs(folder: str | Path) -> None:
@@ -40,7 +43,7 @@ def use_specs(folder: str | Path) -> None:
 
 
 def root(kind: str) -> Path:
-    """The built-in folder of a kind: hardware, models, papers or reports."""
+    """The built-in folder of a kind: hardware, models, papers, reports or techniques."""
     package = Path(__file__).parent
     packaged = package / "_catalog"
     return packaged / kind if packaged.is_dir() else package.parent / kind
@@ -70,7 +73,8 @@ def _files(kind: str) -> Iterator[Path]:
 def _files_in(folder: Path, kind: str) -> Iterator[Path]:
     for path in sorted(folder.rglob("*.yaml")):
         relative = path.relative_to(folder).parts
-        if not (kind == "hardware" and relative[0] in _NOT_HARDWARE):
+        apart = {"hardware": _NOT_HARDWARE, "papers": _NOT_PAPERS}.get(kind, set())
+        if relative[0] not in apart:
             yield path
 
 
@@ -147,7 +151,7 @@ def find(kind: str, name: str) -> Path:
     index = _index(kind)
     found = index.get(_key(name))
     if found is None:
-        singular = {"hardware": "device or node", "models": "model", "papers": "paper"}.get(kind, kind)
+        singular = {"hardware": "device or node", "models": "model", "papers": "paper", "techniques": "technique"}.get(kind, kind)
         spelled = [written for written, _ in index.values()]
         raise UnknownName(
             f"unknown {singular} {name!r}{did_you_mean(name, spelled)}; "
@@ -215,6 +219,12 @@ def load_prices() -> list[PriceList]:
         for path in sorted(folder.glob("*.yaml")) if folder.is_dir() else []:
             lists.append(yaml.validate(yaml.read(path), PriceList))
     return lists
+
+
+@lru_cache(maxsize=256)
+def load_preset(name: str) -> Preset:
+    """Load the preset of a technique by name, alias or path."""
+    return yaml.validate(yaml.read(find("techniques", name)), Preset)
 
 
 def load_model(name: str) -> Model:

@@ -44,3 +44,21 @@ def step_shares(e: Estimator, phase: Phase, seconds: float) -> tuple[float, floa
     """Shares of the peak compute and memory rates that one forward pass demands of one device in `seconds`."""
     peak = schedule_cost(e.lower(phase).schedule, e.machine).peak
     return float(peak["compute"]) / seconds, float(peak["hbm"]) / seconds
+
+
+def pass_energy(e: Estimator, phase: Phase, seconds: float) -> float | None:
+    """Joules of one forward pass of `seconds` on all devices of an instance: power x time; None without a TDP.
+
+    Clocks, caps and what a technique takes out of the pass enter through the machine's power law and the demands.
+    """
+    compute, memory = step_shares(e, phase, seconds)
+    watts = device_power(e, min(compute, 1.0), min(memory, 1.0))
+    return None if watts is None else watts * seconds * float(e.par.devices)
+
+
+def decode_energy(e: Estimator, batch: float, context: float) -> float | None:
+    """Joules per generated token of `batch` sequences that attend `context` tokens each [J/token]."""
+    emitted = float(e.round(batch).tokens) if e.techniques else 1.0
+    seconds = float(e.decode(batch, context)) * emitted
+    joules = pass_energy(e, Phase((Group(batch, 1, context - 1, decode=True),)), seconds)
+    return None if joules is None else joules / (batch * emitted)

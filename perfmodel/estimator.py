@@ -3,98 +3,40 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
 from typing import Any
 
 import numpy as np
 
 from perfmodel import calibration, catalog, graph, memory, roofline
+from perfmodel.degrees import check_parallelism, check_reach
 from perfmodel.errors import Infeasible, SpecError
+from perfmodel.formats import choose_formats
 from perfmodel.machine import Machine, from_node, machine
 from perfmodel.memory import Memory
-from perfmodel.ops.shard import Formats, Group, Parallelism
-from perfmodel.spec.formats import get_format
+from perfmodel.ops.shard import Group, Load, Parallelism
 from perfmodel.spec.hardware import Node
-from perfmodel.spec.model import Model, Moe
+from perfmodel.spec.model import Model
 from perfmodel.symbols import Num
+from perfmodel.techniques.base import Draft, Request, Round, Technique, requests, rounds
 
 _REMEMBERED = 4096  # shapes whose token-wise cost a built estimator keeps
 _ROWS = 32_768  # configurations evaluated at once: arrays stay in the processor's cache
 
 
-def choose_formats(
-    model: Model, m: Machine, weight: str | None = None, act: str | None = None, kv: str | None = None
-) -> Formats:
-    """Storage and arithmetic of a run: the checkpoint's own unless overridden.
+def build_techniques(specs: Sequence[str | dict[str, Any] | Technique]) -> tuple[Technique, ...]:
+    """Techniques from text or mappings; the registry is read on first use."""
+    from perfmodel.techniques.registry import techniques
 
-    Activations follow the weights (W8A8, W4A4) where the matrix units multiply that format; else they stay at 16 bits
-    and the weights are expanded on the fly.
-    """
-    stored = get_format(weight or model.dtype)
-    expert = get_format(weight or model.expert_dtype or model.dtype)
-    base = act if act is not None and get_format(act).width >= 2 else "bf16" if model.dtype != "fp16" else "fp16"
-    wide = get_format(base)
-    # 16-bit formats stand in for each other (bf16 on Volta, fp16 on a TPU); FP32 was asked for and stays.
-    if wide.width == 2 and wide.matrix not in m.matrix and m.matrix:
-        wide = get_format(next((name for name in ("bf16", "fp16") if name in m.matrix), "fp32"))
-    narrowest = min((stored, expert), key=lambda f: f.width)
-    wants = act is None or get_format(act).width < 2
-    quantise = wants and narrowest.matrix is not None and narrowest.width < wide.width and m.native(narrowest.matrix)
-    if act is not None and get_format(act).width < 2 and not quantise:
-        raise SpecError(
-            f"activations cannot be {act}: {m.device.name} multiplies {', '.join(m.matrix) or 'no matrix formats'}, "
-            f"and the weights are {narrowest.name}; give a --weight-dtype of that width or leave --act-dtype out"
-        )
-    cache = get_format(kv) if kv not in (None, "auto") else get_format(model.kv_dtype) if model.kv_dtype else wide
-    quantised = stored.width < wide.width or expert.width < wide.width
-    kept = model.unquantized if quantised else ()
-    return Formats(stored, expert, wide, cache, kept, bool(quantise))
+    return techniques(specs)
 
 
-def check_parallelism(model: Model, par: Parallelism) -> None:
-    """Raise SpecError where a degree cannot cut the model, naming degrees that can."""
-    for name, degree in (("tp", par.tp), ("pp", par.pp), ("dp", par.dp), ("ep", par.ep), ("cp", par.cp)):
-        if not isinstance(degree, (int, np.integer)) or degree < 1:
-            raise SpecError(f"--{name} must be a positive whole number, got {degree!r}")
-    if par.pp > model.n_layers:
-        raise SpecError(f"--pp {par.pp} exceeds the {model.n_layers} layers of {model.name}")
-    for name, block in model.blocks.items():
-        heads = getattr(block.mixer, "heads", None) or getattr(block.mixer, "value_heads", None)
-        if heads and heads % par.tp:
-            fits = [d for d in range(1, heads + 1) if heads % d == 0 and d <= 64]
-            raise SpecError(
-                f"--tp {par.tp} does not divide the {heads} heads of {model.name} ({name} layers); "
-                f"degrees that do: {', '.join(map(str, fits))}"
-            )
-        kv_heads = getattr(block.mixer, "kv_heads", None)
-        if heads and kv_heads and kv_heads % par.tp and par.tp % kv_heads:
-            fits = [d for d in range(1, heads + 1) if heads % d == 0 and (kv_heads % d == 0 or d % kv_heads == 0) and d <= 64]
-            raise SpecError(
-                f"--tp {par.tp} neither divides the {kv_heads} key-value heads of {model.name} ({name} layers) nor is a "
-                f"multiple of them; degrees that do: {', '.join(map(str, fits))}"
-            )
-    moes = [b.ffn for b in model.blocks.values() if isinstance(b.ffn, Moe)]
-    if par.ep > 1:
-        if not moes:
-            raise SpecError(f"--ep {par.ep}: {model.name} has no experts to divide")
-        if par.group % par.ep:
-            raise SpecError(f"--ep {par.ep} must divide tp x dp x cp = {par.group}")
-        if any(x.experts % par.ep for x in moes):
-            raise SpecError(f"--ep {par.ep} does not divide the {moes[0].experts} experts of {model.name}")
-
-
-def check_reach(model: Model, par: Parallelism, m: Machine) -> None:
-    """Raise SpecError where devices that must exchange data have no path between them."""
-    mixes = any(isinstance(b.ffn, Moe) for b in model.blocks.values())
-    # Data-parallel replicas of a dense model exchange nothing.
-    linked = par.devices if mixes else par.devices // par.dp
-    if m.node is None and linked > 1 and not m.device.links:
-        raise SpecError(f"{linked} x {m.device.name} must exchange data, and it has no port to another device")
-    if m.node is not None and linked > m.devices_per_node and not m.network:
-        raise SpecError(
-            f"{linked} devices must exchange data, and {m.name} has {m.devices_per_node} and no network to another node"
-        )
+def _fastest(seconds: list[Any]) -> Any:
+    """Elementwise least of equally good ways."""
+    found = reduce(np.minimum, seconds)
+    return found if np.ndim(found) else float(found)
 
 
 class Estimator:
@@ -120,29 +62,138 @@ class Estimator:
         act_dtype: str | None = None,
         kv_dtype: str | None = None,
         mem_fraction: float | None = None,
+        techniques: Sequence[str | dict[str, Any] | Technique] = (),
     ) -> None:
+        self.techniques = build_techniques(techniques) if techniques else ()
         self.model = catalog.load_model(model) if isinstance(model, str) else model
         base = machine(hardware) if isinstance(hardware, str) else from_node(hardware)
+        for technique in self.techniques:
+            self.model, base = technique.of_model(self.model), technique.machine(base)
         self.engine_name, self.engine = engine, calibration.engine(engine)
+        for technique in self.techniques:
+            self.engine = technique.engine(self.engine)
         driven = base.with_engine(self.engine)
         # Kernels of a step queue up behind each other, so part of each launch is hidden.
         self.machine = replace(driven, kernel_latency=driven.kernel_latency * driven.law["queued_launch"])
         self.par = Parallelism(tp, pp, dp, ep, cp, sequence_parallel)
         check_parallelism(self.model, self.par)
         check_reach(self.model, self.par, self.machine)
-        self.formats = choose_formats(self.model, self.machine, weight_dtype, act_dtype, kv_dtype)
+        formats = choose_formats(self.model, self.machine, weight_dtype, act_dtype, kv_dtype)
+        self.techniques = tuple(t.bound(self.model, self.machine, self.par) for t in self.techniques)
+        for technique in self.techniques:
+            technique.check(self.model, self.machine, self.par)
+            formats = technique.formats(formats, self.machine)
+        self.formats = replace(formats, techniques=self.techniques)
         if mem_fraction is not None and not 0 < mem_fraction <= 1:
             raise SpecError(f"--mem-fraction must lie in (0, 1], got {mem_fraction}")
         self.mem_fraction = mem_fraction
+        self.hardware = hardware
+        self._dtypes = {"weight_dtype": weight_dtype, "act_dtype": act_dtype, "kv_dtype": kv_dtype}
         self._remembered: dict[tuple[float, float, bool], roofline.Cost] = {}
+        self._drafts: dict[tuple[str, tuple[str, ...], int], Estimator] = {}
 
     def prefill(self, batch: Num, new_tokens: Num, context: Num = 0) -> Any:
         """Seconds of one unchunked pass over `batch` sequences of `new_tokens`, on top of `context` cached tokens."""
+        ways = requests(self.techniques, Request(new_tokens, context))
+        return _fastest([self._request_seconds(batch, way) for way in ways])
+
+    def prefill_pass(self, batch: Num, new_tokens: Num, context: Num = 0) -> Any:
+        """Seconds of the pass alone over tokens that are computed, whatever techniques spare a request or make it wait for."""
         return self._many(batch, new_tokens, context, is_decode=False)
 
+    def request(self, new_tokens: Num, context: Num = 0) -> Request:
+        """What techniques leave to do of a prompt of `new_tokens` behind `context` cached tokens."""
+        return requests(self.techniques, Request(new_tokens, context))[0]
+
+    def _request_seconds(self, batch: Num, request: Request) -> Any:
+        """Seconds of one way to prefill: waits, passes of other models, and the pass itself with what it fetches."""
+        total = self._many(batch, request.new, request.cached, is_decode=False, loads=request.loads) + request.wait
+        for draft in request.before:
+            new = request.new if draft.prompt else draft.new
+            total = total + draft.times * self._draft(draft)._many(batch, new, request.cached, is_decode=False)
+        return total
+
     def decode(self, batch: Num, context: Num) -> Any:
-        """Seconds of one decode step of `batch` sequences that attend `context` tokens each, the new one included."""
-        return self._many(batch, 1, np.asarray(context) - 1, is_decode=True)
+        """Seconds per token of `batch` sequences that attend `context` tokens each, the new one included.
+
+        One decode step; of a round that emits several tokens a sequence, the seconds of all its passes per token.
+        """
+        if not self.techniques:
+            return self._many(batch, 1, np.asarray(context) - 1, is_decode=True)
+        return _fastest([self._round_seconds(r, batch, context) / r.tokens for r in rounds(self.techniques, batch)])
+
+    def round(self, batch: Num) -> Round:
+        """Passes and emitted tokens of a decode round of `batch` sequences, the longest where there is a choice."""
+        return rounds(self.techniques, batch)[0]
+
+    def round_seconds(self, batch: Num, context: Num) -> Any:
+        """Seconds of all passes of one decode round, of the best one where there is a choice."""
+        ways = rounds(self.techniques, batch)
+        seconds = [self._round_seconds(r, batch, context) for r in ways]
+        best = np.argmin(np.stack(np.broadcast_arrays(*(t / r.tokens for t, r in zip(seconds, ways, strict=True)))), axis=0)
+        chosen = np.choose(best, np.broadcast_arrays(*seconds))
+        return chosen if chosen.ndim else float(chosen)
+
+    def _round_seconds(self, r: Round, batch: Num, context: Num) -> Any:
+        """Seconds of one round: drafts, then the model's pass; runs in flight follow at the pace of the slowest stage.
+
+        With f runs in the pipeline the interval is i = max(pass / f, drafts beside it). A run that voids those behind it
+        costs a whole pass and the rest of a stage that a void run holds: i + broken (pass - i + stuck i).
+        """
+        context = np.asarray(context)
+        whole = self._many(batch, r.new, context - 1, is_decode=True)
+        waited: Num = 0.0
+        beside: Num = 0.0
+        for draft in r.before:
+            times = draft.times * (r.tokens if draft.per_token else 1)
+            passes = times * self._draft_seconds(draft, batch, context)
+            waited, beside = (waited, beside + passes) if draft.aside else (waited + passes, beside)
+        whole = whole + waited
+        runs = np.minimum(r.in_flight, self.par.pp / self._micro(batch))
+        interval = np.maximum(whole / runs, beside)
+        total = interval + r.broken * (np.maximum(whole, interval) - interval + r.stuck * interval)
+        return total if np.ndim(total) else float(total)
+
+    def _chosen(self, batch: float, new: float, context: float, is_decode: bool) -> tuple[float, Request | Round]:
+        """The best way to do it with techniques, and its seconds."""
+        if is_decode:
+            ways = [(self._round_seconds(r, batch, context + 1), r) for r in rounds(self.techniques, batch)]
+            seconds, r = min(ways, key=lambda x: x[0] / x[1].tokens)
+            return float(seconds), r
+        first = requests(self.techniques, Request(new, context))
+        seconds, way = min(((self._request_seconds(batch, w), w) for w in first), key=lambda x: x[0])
+        return float(seconds), way
+
+    def _least(self, way: Request | Round, batch: float, context: float, least: float) -> float:
+        """Lower bound with the drafts that are waited for; runs in flight share a pipeline."""
+        for draft in way.before:
+            if draft.techniques is not None and not draft.aside:
+                runs, new = self._draft(draft), way.new if draft.prompt else draft.new
+                phase = runs._phase(float(batch), float(new), float(context), isinstance(way, Round))
+                times = draft.times * (way.tokens if draft.per_token and isinstance(way, Round) else 1)
+                least += float(times * roofline.cost(runs.lower(phase).schedule, runs.machine).lower)
+        return least / min(way.in_flight, self.par.pp / self._micro(batch)) if isinstance(way, Round) else least
+
+    def _draft_seconds(self, draft: Draft, batch: Num, context: Any) -> Any:
+        """Seconds of one pass of a draft."""
+        runs = self._draft(draft)
+        if draft.prompt:
+            return runs._many(1, context, 0, is_decode=False)
+        return runs._many(batch, draft.new, context - 1, is_decode=True)
+
+    def _draft(self, draft: Draft) -> Estimator:
+        """The estimator of a draft on this instance."""
+        if draft.techniques is None:
+            return self
+        key = (draft.model, draft.techniques, draft.tp)
+        if key not in self._drafts:
+            p = self.par
+            same: dict[str, Any] = {} if draft.model else self._dtypes
+            self._drafts[key] = Estimator(
+                draft.model or self.model, self.hardware, tp=draft.tp or p.tp, pp=1 if draft.tp else p.pp, dp=p.dp,
+                cp=p.cp, engine=self.engine_name, techniques=draft.techniques, **same,
+            )  # fmt: skip
+        return self._drafts[key]
 
     def mixed(self, batch: Num, context: Num, chunk: Num, chunk_context: Num = 0, prompts: Num = 1) -> Any:
         """Seconds of a step that decodes `batch` sequences and prefills `chunk` tokens of each of some `prompts` more."""
@@ -158,20 +209,25 @@ class Estimator:
         """Micro-batches that keep the pipeline's stages busy."""
         return np.minimum(batch, self.par.pp)
 
-    def _many(self, batch: Num, new: Num, context: Num, *, is_decode: bool) -> Any:
+    def _many(self, batch: Num, new: Num, context: Num, *, is_decode: bool, loads: tuple[Load, ...] = ()) -> Any:
         """Evaluate over broadcast arrays: token-wise operators once per distinct (batch, new), attention per row."""
-        arrays = np.broadcast_arrays(np.asarray(batch, float), np.asarray(new, float), np.asarray(context, float))
+        arrays = np.broadcast_arrays(*(np.asarray(x, float) for x in (batch, new, context, *(x.tokens for x in loads))))
         flat = [a.ravel() for a in arrays]
         if flat[0].size and (flat[0].min() < 1 or flat[1].min() < 1 or flat[2].min() < 0):
             raise SpecError("batch and new tokens must be at least 1, and context at least 1 for decode, 0 for prefill")
         out = np.empty(flat[0].size)
         for start in range(0, out.size, _ROWS):
             part = [a[start : start + _ROWS] for a in flat]
-            out[start : start + _ROWS] = self._rows(*part, is_decode=is_decode)
+            brought = tuple(replace(x, tokens=tokens) for x, tokens in zip(loads, part[3:], strict=True))
+            out[start : start + _ROWS] = self._rows(*part[:3], is_decode=is_decode, loads=brought)
         result = out.reshape(arrays[0].shape)
         return result if result.ndim else float(result)
 
-    def _rows(self, batch: Any, new: Any, context: Any, *, is_decode: bool) -> Any:
+    def _rows(self, batch: Any, new: Any, context: Any, *, is_decode: bool, loads: tuple[Load, ...]) -> Any:
+        if self.techniques:
+            # Layers with branches side by side are costed whole: their times do not add up.
+            whole = roofline.cost(self.lower(self._phase(batch, new, context, is_decode, loads)).schedule, self.machine)
+            return self._finish(whole, batch, new, is_decode, self.machine)
         if batch.size == 1:
             fixed = self._token_wise(float(batch[0]), float(new[0]), is_decode)
             phase = self._phase(batch[0], new[0], context[0], is_decode)
@@ -200,11 +256,11 @@ class Estimator:
             self._remembered[key] = roofline.cost(schedule, self.machine, contextual=False)
         return self._remembered[key]
 
-    def _phase(self, batch: Num, new: Num, context: Num, is_decode: bool) -> graph.Phase:
+    def _phase(self, batch: Num, new: Num, context: Num, is_decode: bool, loads: tuple[Load, ...] = ()) -> graph.Phase:
         n = batch / self._micro(batch)
         if is_decode and self.par.dp > 1:
             n = self._captured(np.ceil(n / self.par.dp)) * self.par.dp
-        return graph.Phase((Group(n, new, context, decode=is_decode),))
+        return graph.Phase((Group(n, new, context, decode=is_decode, loads=loads),))
 
     def _captured(self, per_rank: Num) -> Num:
         """Sequences of a step that data-parallel ranks run together: the next captured graph (1, 2, 4, multiples of 8)."""
@@ -241,14 +297,24 @@ class Estimator:
         return m.law["host_slowdown"] * (m.law["host_base"] + m.law["host_per_sequence"] * batch / self.par.dp)
 
     def parts(self, batch: float, new: float, context: float, *, is_decode: bool) -> Parts:
-        """Expected time, bounds, spread and bottleneck of one step; context in cached tokens before the step."""
-        phase = self._phase(float(batch), float(new), float(context), is_decode)
+        """Expected time, bounds, spread and bottleneck of one step; context in cached tokens before the step.
+
+        With techniques: of a request as they leave it, or of a whole decode round, `beside` being what is not the pass.
+        """
+        whole, way = self._chosen(batch, new, context, is_decode) if self.techniques else (None, Round())
+        loads = way.loads if isinstance(way, Request) else ()
+        if whole is not None:
+            new, context = float(way.new), float(way.cached) if isinstance(way, Request) else context
+        phase = self._phase(float(batch), float(new), float(context), is_decode, loads)
         program = self.lower(phase)
         total = roofline.cost(program.schedule, self.machine)
         expected = float(self._finish(total, batch, new, is_decode, self.machine))
         passes = float(self._passes(batch, is_decode))
         host = float(self.host_seconds(batch))
         busy = {k: float(v) * passes for k, v in total.busy.items()} | {"host": host}
+        if whole is not None:
+            busy |= {"beside": whole - expected} if whole > expected else {}
+            expected = whole
         shaken = self.machine.perturbed()
         rows = roofline.cost(program.schedule, shaken)
         seconds = np.broadcast_to(self._finish(rows, batch, new, is_decode, shaken), (len(self.machine.sigma) + 1,))
@@ -257,7 +323,7 @@ class Estimator:
         sigma = max(float(np.sqrt(np.sum(steps**2) + residual**2)), self.machine.least_sigma)
         return Parts(
             expected,
-            float(total.lower) * passes,
+            self._least(way, batch, context, float(total.lower) * passes),
             max(sum(busy.values()), expected) * math.exp(calibration.P90 * sigma),
             sigma,
             max(busy, key=lambda r: busy[r]),
@@ -278,9 +344,12 @@ class Estimator:
         )  # fmt: skip
 
     def max_batch(self, tokens: float) -> int:
-        """Most sequences of `tokens` tokens that fit; cached bytes are proportional to sequences per rank."""
-        one = memory.cache_bytes(self.model, self.par, self.formats, self.par.dp, tokens, self.engine.block_tokens)
-        return max(0, int(self.kv_free / float(one)) * self.par.dp) if float(one) > 0 else self.engine.max_sequences
+        """Most sequences of `tokens` tokens that fit on every tier."""
+        block = self.engine.block_tokens
+        near = memory.most_sequences(self.model, self.par, self.formats, self.kv_free, tokens, block)
+        far = memory.far_limits(self.model, self.par, self.formats, self.machine, tokens, block) if self.techniques else {}
+        most = min((near, *far.values()))
+        return max(0, int(most) * self.par.dp) if most < math.inf else self.engine.max_sequences
 
     def require_fit(self) -> None:
         """Raise Infeasible, with the nearest change, when not even the weights fit."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +66,10 @@ class Machine:
     """Standard deviation of the logarithm of each uncertain parameter; law parameters by their own name."""
     evidence: dict[str, str] = field(default_factory=dict)
     provenance: str = "class prior"
+    elsewhere: dict[str, Any] = field(default_factory=dict)
+    """Other parts that compute, by name (kernels.elsewhere.Rates), beside the host's processors."""
+    paths: dict[str, Any] = field(default_factory=dict)
+    """Ways to farther memories, by name (kernels.elsewhere.Path), beside host, drive and remote."""
     least_sigma: float = 0.0
     """Spread below which no prediction for this machine may fall: that of a class without a measured member."""
 
@@ -93,6 +98,21 @@ class Machine:
         values = {k: p.value for k, p in mine.items()}
         spread = {k: p.sigma for k, p in mine.items() if p.sigma > 0 and not k.startswith("memory_")}
         return replace(self, law=self.law | values, sigma=self.sigma | spread)
+
+    def part(self, units: float, bandwidth: float = 1.0) -> Machine:
+        """A share of the compute units with a share of the memory bandwidth.
+
+        Units that are too few cannot draw the whole bandwidth: each has `row_bytes_per_clock` in flight (Little's law).
+        """
+        if not 0 < units <= 1:
+            raise SpecError(f"a side needs a share of the compute units in (0, 1], got {units:g}")
+        drawn = self.bandwidth
+        if self.device.compute is not None:
+            drawn = min(drawn, units * self.units * self.device.compute.clock * float(self.law["row_bytes_per_clock"]))
+        return replace(
+            self, units=self.units * units, vector=self.vector * units, exp=self.exp * units,
+            matrix={k: v * units for k, v in self.matrix.items()}, bandwidth=min(drawn, self.bandwidth * bandwidth),
+        )  # fmt: skip
 
     def perturbed(self, *, column: bool = False) -> Machine:
         """Rows: the nominal machine, then one row per uncertain parameter with its logarithm raised by one sigma.
@@ -163,7 +183,7 @@ def from_device(device: Device, node: Node | None) -> Machine:
     count = node.devices.count if node else 1
     sigma = {k: v.sigma for k, v in shared.items()} | {k: v.parameter.sigma for k, v in found.items()}
     mine = {f.name for f in fields(Machine)}
-    own = {k: v.parameter.value for k, v in found.items() if k in mine}
+    own: dict[str, Any] = {k: v.parameter.value for k, v in found.items() if k in mine}
     general = {k: v.parameter.value for k, v in found.items() if k not in mine}
     unknown = set(general) - calibration.kernel_parameter_names()
     if unknown:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from bisect import bisect_right
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,12 +20,14 @@ from perfmodel.engine_memory import (
     visible,
 )
 from perfmodel.graph import cache_residency, weight_residency
+from perfmodel.kernels.elsewhere import tier_capacity
 from perfmodel.machine import Machine
 from perfmodel.ops.shard import Formats, Parallelism
 from perfmodel.spec.calibration import Engine
-from perfmodel.spec.formats import get_format
 from perfmodel.spec.model import Attention, Model
 from perfmodel.symbols import Num
+
+_UNBOUNDED = 2**40  # tokens no request reaches: what fits them has no limit here
 
 
 @dataclass(frozen=True)
@@ -54,19 +58,9 @@ class Memory:
         return self.total <= self.capacity
 
 
-def checkpoint_formats(model: Model) -> Formats:
-    """Formats as the checkpoint stores them, whatever the machine; keys and values in 16 bits unless the model says."""
-    stored = get_format(model.dtype)
-    expert = get_format(model.expert_dtype or model.dtype)
-    act = stored if stored.width >= 2 else get_format("bf16")
-    cache = get_format(model.kv_dtype or ("bf16" if act.width > 2 else act.name))
-    quantised = stored.width < act.width or expert.width < act.width
-    return Formats(stored, expert, act, cache, model.unquantized if quantised else ())
-
-
 def weight_bytes(model: Model, par: Parallelism, formats: Formats) -> Num:
-    """Stored weights of the fullest device [byte]."""
-    return sum((r.bytes for r in weight_residency(model, par, formats)), start=0.0)
+    """Weights stored in the memory of the fullest device [byte]."""
+    return sum((r.bytes for r in weight_residency(model, par, formats) if r.tier == "hbm"), start=0.0)
 
 
 def kv_bytes_per_token(model: Model, formats: Formats) -> float:
@@ -80,21 +74,40 @@ def state_bytes_per_sequence(model: Model, formats: Formats) -> float:
     return float(sum(r.bytes for r in cache_residency(model, Parallelism(), formats, 1, 1) if r.tensor == "state"))
 
 
-def cache_bytes(model: Model, par: Parallelism, formats: Formats, sequences: Num, tokens: Num, block: int = 1) -> Num:
+def cache_bytes(
+    model: Model, par: Parallelism, formats: Formats, sequences: Num, tokens: Num, block: int = 1, tier: str = "hbm"
+) -> Num:
     """Keys, values and states of `sequences` with `tokens` cached tokens each, in whole blocks [byte per device].
 
     Sliding-window layers keep no more than their window.
     """
     whole = np.ceil(np.asarray(tokens, float) / block) * block
     total: Num = 0.0
-    for r in cache_residency(model, par, formats, sequences, whole):
-        mixer = model.blocks[r.name.split(".")[0]].mixer
-        window = mixer.window if isinstance(mixer, Attention) else None
+    for window in {None, *_windows(model).values()}:
         # A window that starts anywhere in a block touches one block more than it fills.
-        span = (np.ceil((window - 1) / block) + 1) * block if window else 0
-        share = np.minimum(1.0, span / np.maximum(whole, 1)) if window else 1.0
-        total = total + r.bytes * share
+        kept = np.minimum(whole, (np.ceil((window - 1) / block) + 1) * block) if window else whole
+        for r in cache_residency(model, par, formats, sequences, kept):
+            if r.tier == tier and _windows(model).get(r.name.split(".")[0]) == window:
+                total = total + r.bytes
     return total
+
+
+def _windows(model: Model) -> dict[str, int]:
+    """Sliding windows by the block that has one."""
+    mixers = {name: b.mixer for name, b in model.blocks.items()}
+    return {name: m.window for name, m in mixers.items() if isinstance(m, Attention) and m.window}
+
+
+def far_limits(
+    model: Model, par: Parallelism, formats: Formats, m: Machine, tokens: float, block: int = 1
+) -> dict[str, float]:
+    """Sequences of `tokens` tokens per data-parallel rank that each farther tier has room for beside what weights take."""
+    room: dict[str, float] = {}
+    for tier in sorted({r.tier for r in cache_residency(model, par, formats, par.dp, tokens)} - {"hbm"}):
+        weights = sum((r.bytes for r in weight_residency(model, par, formats) if r.tier == tier), start=0.0)
+        one = float(cache_bytes(model, par, formats, par.dp, tokens, block, tier))
+        room[tier] = max(tier_capacity(m, tier) - float(weights), 0.0) / one if one > 0 else float("inf")
+    return room
 
 
 def account(model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine) -> Instance:
@@ -147,18 +160,45 @@ def kv_tokens(
     return int(cache_tokens(account(model, par, formats, m, engine), max(pool, 0.0), engine.block_tokens))
 
 
+def most_sequences(model: Model, par: Parallelism, formats: Formats, free: float, tokens: float, block: int) -> float:
+    """Most sequences per rank of `tokens` tokens whose caches fit in `free` bytes per device; inf where they take none.
+
+    Bytes are proportional to the sequences, unless techniques let them share.
+    """
+
+    def used(per_rank: int) -> float:
+        return float(cache_bytes(model, par, formats, per_rank * par.dp, tokens, block))
+
+    one = used(1)
+    if one <= 0:
+        return math.inf
+    low = max(0, int(free / one))
+    if formats.techniques and low:
+        high = 2 * low
+        while used(high) <= free:
+            low, high = high, 2 * high
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if used(middle) <= free else (low, middle)
+    return low
+
+
 def longest_context(model: Model, par: Parallelism, formats: Formats, free: float, sequences: int) -> int:
     """Most tokens each of `sequences` can cache in `free` bytes per device; 0 when none fits.
 
     Cached bytes grow piecewise linearly with tokens, so the slope beyond every window solves it in closed form. Where
     nothing grows (windows and states only) it is the model's own limit, and `sys.maxsize` for a model without one.
+    Techniques set bends of their own: there it is bisected.
     """
-    windows = [b.mixer.window for b in model.blocks.values() if isinstance(b.mixer, Attention) and b.mixer.window]
-    beyond = float(max(windows, default=1))
+    beyond = float(max(_windows(model).values(), default=1))
 
     def used(tokens: float) -> float:
         return float(cache_bytes(model, par, formats, sequences, tokens))
 
+    if formats.techniques:
+        if used(_UNBOUNDED) <= free:
+            return model.max_positions or sys.maxsize
+        return bisect_right(range(_UNBOUNDED), free, lo=1, key=used) - 1
     low, high = (0.0, beyond) if free < used(beyond) else (beyond, beyond + 1)
     base, slope = used(low), (used(high) - used(low)) / (high - low)
     if free < base or (free == base and low == 0):

@@ -103,7 +103,10 @@ def _attention(a: Attention, hidden: Number) -> list[Weight]:
     # The output gate is computed by the query projection, which doubles.
     q_out = q_rows * (2 if a.output_gate else 1)
     own_kv = not a.shares_kv
-    weights = [_matrix("q_proj", q_out, hidden, part)]
+    if _absent(a.q_rank):
+        weights = [_matrix("q_proj", q_out, hidden, part)]
+    else:
+        weights = [_matrix("q_a_proj", a.q_rank, hidden, part), _matrix("q_b_proj", q_out, a.q_rank, part)]
     if own_kv:
         weights += [_matrix("k_proj", kv_rows, hidden, part), _matrix("v_proj", kv_rows, hidden, part)]
     weights.append(_matrix("o_proj", hidden, q_rows, part))
@@ -272,6 +275,9 @@ def block_weights(block: Block, hidden: Number) -> list[Weight]:
     weights = mixer_weights(block.mixer, hidden) + ffn_weights(block.ffn, hidden)
     if vectors := _NORM_VECTORS[block.norm]:
         weights += [_vector(f"norm_{i}", vectors * hidden, "norm") for i in range(block.norms)]
+    if not _absent(block.modulation):
+        rows = block.modulation * hidden
+        weights += [_matrix("modulation", rows, hidden, "other"), _vector("modulation_bias", rows, "other")]
     if not _absent(block.extra_parameters):
         weights.append(_vector("extra", block.extra_parameters, "other"))
     return weights

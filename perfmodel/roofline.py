@@ -13,11 +13,12 @@ import numpy as np
 
 from perfmodel.collectives import COLLECTIVES, collective_seconds, exchange_seconds, fewest_bytes, in_node
 from perfmodel.kernels import LAWS, STORED
+from perfmodel.kernels.elsewhere import copy_seconds, work_seconds
 from perfmodel.kernels.grouped import as_served
 from perfmodel.machine import Machine
 from perfmodel.ops.moe import distinct_ranks
-from perfmodel.ops.traffic import Op
-from perfmodel.schedule import Node, Par, Repeat, Seq
+from perfmodel.ops.traffic import Op, copied_over
+from perfmodel.schedule import EVERYTHING, Node, Par, Repeat, Seq
 from perfmodel.symbols import Num
 
 RESOURCES = ("compute", "vector", "hbm", "cache", "link", "network", "launch", "host")
@@ -88,7 +89,8 @@ def cost(node: Node, m: Machine, contextual: bool | None = None) -> Cost:
             total = Cost()
             for branch in branches:
                 total.add(branch)
-            contended = [total.busy[r] for r in node.shared if r in total.busy]
+            shared = set(total.busy) - {"launch"} if node.shared == EVERYTHING else node.shared
+            contended = [total.busy[r] for r in shared if r in total.busy]
             total.seconds = _largest([b.seconds for b in branches] + contended) * node.interference
             return total
 
@@ -97,14 +99,21 @@ def op_cost(op: Op, m: Machine) -> Cost:
     """Cost of one operator."""
     if op.kind in ("collective", "p2p"):
         return _collective(op, m)
+    if op.kind == "copy":
+        seconds, least = copy_seconds(op, m)
+        return Cost(seconds, 0.0, {copied_over(op): seconds}, {copied_over(op): least})
+    if op.kind == "elsewhere":
+        seconds, least = work_seconds(op, m)
+        return Cost(seconds, 0.0, {op.on: seconds}, {op.on: least})
     if op.kind == "grouped_gemm" and "experts" in op.shape:
         op = as_served(op, m)
     d = LAWS[op.kind](op, m)
     p = m.law["overlap_power"]
     together = (d.compute**p + d.vector**p + (d.memory + d.cache) ** p) ** (1 / p)
-    launch = m.kernel_latency * op.launches
-    busy = {"compute": d.compute, "vector": d.vector, "hbm": d.memory, "cache": d.cache, "launch": launch + d.latency}
-    return Cost(together + launch + d.latency, op.launches, busy, _peaks(op, m))
+    # What runs inside another kernel, or in some steps only, waits no more often than it is launched.
+    started = m.kernel_latency * op.launches + d.latency * np.minimum(op.launches, 1.0)
+    busy = {"compute": d.compute, "vector": d.vector, "hbm": d.memory, "cache": d.cache, "launch": started}
+    return Cost(together + started, op.launches, busy, _peaks(op, m))
 
 
 def _peaks(op: Op, m: Machine) -> dict[str, Num]:

@@ -17,12 +17,16 @@ class Seq:
     name: str = ""
 
 
+EVERYTHING = ("everything",)
+
+
 @dataclass(frozen=True, slots=True)
 class Par:
     """Branches at the same time: max(longest branch, demand per shared resource / rate) x interference."""
 
     branches: tuple[Op | Seq | Par | Repeat, ...]
     shared: tuple[str, ...] = ()
+    """Resources that branches take in turn; EVERYTHING: all but launches."""
     interference: float = 1.0
     name: str = ""
 

@@ -107,6 +107,15 @@ def ceil(x: Num) -> Num:
     return np.ceil(x)
 
 
+def floor(x: Num) -> Num:
+    """Largest whole number not above x."""
+    if symbolic(x):
+        import sympy
+
+        return sympy.floor(x)
+    return np.floor(x)
+
+
 def maximum(x: Num, y: Num) -> Num:
     """Elementwise larger value."""
     if symbolic(x) or symbolic(y):

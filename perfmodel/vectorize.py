@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from perfmodel import graph, symbols
+from perfmodel import graph, symbolic, symbols
 from perfmodel.errors import SpecError
 from perfmodel.graph import Program
 from perfmodel.ops.moe import distinct_ranks
@@ -84,7 +84,7 @@ class _Structure:
 
     def __init__(self, model: Model, phase: PhaseKind, formats: Formats, degrees: tuple[str, ...]) -> None:
         self.model, self.phase, self.formats, self.degrees = model, phase, formats, degrees
-        blocks = graph.symbolic_model(model).blocks
+        blocks = symbolic.symbolic_model(model).blocks
         named = (formats.weight.name, formats.expert.name, formats.act.name, formats.kv.name)
         self.key = (
             phase, degrees, repr(blocks), model.embedding_dim, model.embedding_norm,
@@ -103,7 +103,7 @@ def _symbolic_program(s: _Structure) -> Program:
     batch, new, context = symbol("B"), symbol("Q"), symbol("C")
     group = Group(batch, 1, context, decode=True) if s.phase == "decode" else Group(batch, new, context)
     par = Parallelism(**{d: symbol(d) for d in s.degrees})
-    return graph.lower(graph.symbolic_model(s.model), graph.Phase((group,)), par, symbolic_formats(s.formats))
+    return graph.lower(symbolic.symbolic_model(s.model), graph.Phase((group,)), par, symbolic_formats(s.formats))
 
 
 def symbolic_formats(f: Formats) -> Formats:
@@ -121,7 +121,7 @@ def symbolic_formats(f: Formats) -> Formats:
 def inputs(model: Model, formats: Formats, par: Parallelism | None = None) -> dict[str, float]:
     """The number of every symbol except B, Q and C: sizes, degrees, widths, and ranks visited per token."""
     par = par or Parallelism()
-    values = {name: float(size) for name, size in graph.values_of(model).items()}
+    values = {name: float(size) for name, size in symbolic.values_of(model).items()}
     values |= {d: float(getattr(par, d)) for d in DEGREES}
     values |= {
         "w": formats.weight.width, "w_e": formats.expert.width, "a": formats.act.width, "kv": formats.kv.width,

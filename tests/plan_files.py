@@ -19,7 +19,7 @@ CHOICES: dict[str, Any] = {"tp": [1], "buckets": 1}
 
 def ask(
     folder: Path, objectives: dict[str, Any] | None = None, *, trace: dict[str, Any] | None = None, rate: str = "60 /s",
-    explain: bool = False, **changes: Any,
+    explain: bool = False, replay_all: bool = False, **changes: Any,
 ) -> PlanRun:  # fmt: skip
     """Plan 1,024 input and 256 output tokens at a rate, or the trace that `write` left in the folder."""
     source: dict[str, Any] = {"lengths": {"input": 1024, "output": 256}} if trace is None else {"trace": {"file": "t.csv", **trace}}
@@ -29,7 +29,7 @@ def ask(
     }  # fmt: skip
     path = folder / "plan.yaml"
     path.write_text(yaml.safe_dump(spec, sort_keys=False))
-    return plan(path, explain=explain)
+    return plan(path, explain=explain, replay_all=replay_all)
 
 
 def cost(run: PlanRun) -> float:

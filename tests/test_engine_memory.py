@@ -9,8 +9,7 @@ import pytest
 from perfmodel import calibration, catalog
 from perfmodel.engine_memory import Instance, activations, cache_pool, cache_tokens, loaded_weights, overhead
 from perfmodel.errors import SpecError
-from perfmodel.memory import checkpoint_formats
-from perfmodel.ops.shard import Formats, Parallelism
+from perfmodel.ops.shard import Formats, Parallelism, checkpoint_formats
 from perfmodel.spec.calibration import Engine
 from perfmodel.spec.formats import Format, get_format
 from perfmodel.spec.gguf import FILE_TYPES

@@ -241,10 +241,10 @@ def test_the_unbroken_specs_are_accepted() -> None:
         ("3.35 TB/s", "3.35", "f.yaml:20: memory.bandwidth: 3.35 has no unit"),
         ("80 GB", "-80 GB", "f.yaml:19: memory.capacity: '-80 GB' must be positive"),
         ("hbm3", "hmb3", "f.yaml:18: memory.technology: 'hmb3' is not one of"),
-        ("units: 132", "units: 0", "f.yaml:13: compute.units: Input should be greater than or equal to 1"),
+        ("units: 132", "units: 0", "f.yaml:13: compute.units: must be at least 1, got 0"),
         ("units: 132", "units: true", "f.yaml:13: compute.units: expected a number, got True"),
         ("units: 132", "units: '132'", "f.yaml:13: compute.units: expected a number, got '132'"),
-        ("units: 132", "units: 132.5", "f.yaml:13: compute.units: Input should be a valid integer"),
+        ("units: 132", "units: 132.5", "f.yaml:13: compute.units: must be a whole number, got 132.5"),
         ("source: sheet\n  matrix", "source: shet\n  matrix", "compute cites 'shet', which is not under sources"),
     ],
 )

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from perfmodel import catalog, graph, roofline
 from perfmodel.errors import Infeasible, SpecError
-from perfmodel.estimator import Estimator, choose_formats
+from perfmodel.estimator import Estimator
+from perfmodel.formats import choose_formats
 from perfmodel.machine import machine
 
 # A device of each kind: scale-up switch, mesh, PCIe, staged PCIe, other vendors, a CPU and one without a port.

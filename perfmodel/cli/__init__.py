@@ -31,6 +31,8 @@ __all__ = ["main"]
             "ingest",
             "measure_next",
             "trace",
+            "techniques",
+            "papers",
             "models",
             "hardware",
         )

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import click
 
 from perfmodel.cli.group import common_options
+from perfmodel.errors import SpecError
+
+_LONGEST_NAME = 40  # of the 63 that a label may have; roles, pools and numbers follow
+_LABEL = re.compile(rf"[a-z]([a-z0-9-]{{0,{_LONGEST_NAME - 2}}}[a-z0-9])?")
 
 
 @click.command()
@@ -22,12 +28,16 @@ def emit(file: str, engine: str | None, form: str, checkpoint: str | None, name:
     \b
     perfmodel emit out/plan.json --format kubernetes | kubectl apply -f -
     """
+    from perfmodel.degrees import check_parallelism
     from perfmodel.engines import kubernetes, shell
     from perfmodel.engines.launch import launches
-    from perfmodel.estimator import check_parallelism
     from perfmodel.ops.shard import Parallelism
     from perfmodel.spec import deployment
 
+    if form == "kubernetes" and not _LABEL.fullmatch(name):
+        raise SpecError(f"--name {name!r}: Kubernetes takes lower-case letters, digits and -, at most {_LONGEST_NAME} here")
+    if checkpoint is not None and not checkpoint.strip():
+        raise SpecError("--checkpoint is empty: give a hub id or a path")
     found = launches(deployment.read(file), engine, checkpoint)
     for launch in found:
         p = launch.pool.spec

@@ -116,13 +116,23 @@ def _limits(result: dict[str, Any], limits: dict[str, float | None]) -> str:
     return f"{heading('Limits')}\n{table(rows)}"
 
 
+def _pressure(memory: dict[str, Any] | None) -> str:
+    """What a cache that is full at times costs; nothing where it hardly ever is."""
+    if memory is None or memory["full_share"] < 0.001:
+        return ""
+    if memory["wait_s"] is None:
+        return "; preemptions cause ever more of them"
+    preempted, wait = 100 * memory["preemptions_per_request"], seconds(memory["wait_s"])
+    return f"; full {memory['full_share']:.1%} of the time: {preempted:.2g} preemptions per 100 requests, {wait} of waiting each"
+
+
 def _serving(s: dict[str, Any]) -> str:
     flight = f"{number(s['concurrency'])} requests in flight, {number(s['decode_batch'])} of them decoding"
     rows = [
         ["load", f"{number(s['rate_per_s'])} requests/s: {flight}"],
         ["output", f"{number(s['output_tokens_per_s'])} tokens/s"],
         ["prefill", f"{s['prefill_utilisation']:.0%} of the time"],
-        ["KV memory", f"{s['kv_share']:.0%} of what is free"],
+        ["KV memory", f"{s['kv_share']:.0%} of what is free{_pressure(s.get('memory'))}"],
     ]
     for name, title in (("ttft", "TTFT"), ("tpot", "TPOT"), ("itl", "ITL"), ("longest_gap", "longest gap")):
         if f"{name}_s" in s:

@@ -8,27 +8,66 @@ import click
 
 from perfmodel.cli.group import common_options
 from perfmodel.cli.options import FromPlan, estimate_arguments, estimate_options
-from perfmodel.cli.text import echo_json
+from perfmodel.cli.text import echo_json, heading
 
 _NOT_EXPLAINED = ("price", "ttft", "tpot", "rate", "concurrency")
 
 
 @click.command(cls=FromPlan)
 @estimate_options
+@click.option("--paper", metavar="ID", help="A paper's two settings instead: what its proposal relieves.")
 @common_options
-def explain(as_json: bool, **options: Any) -> None:
-    """Formulas, operators and sensitivities behind an estimate. Takes the options of `estimate`."""
+def explain(as_json: bool, paper: str | None, **options: Any) -> None:
+    """Formulas, operators and sensitivities behind an estimate. Takes the options of `estimate`.
+
+    With techniques: what each resource does without and with them, and from where on they stop helping.
+    """
     from perfmodel.estimates import check_request
     from perfmodel.estimator import Estimator
     from perfmodel.explain import explain as run
 
+    if paper is not None:
+        _paper(paper, as_json)
+        return
     arguments = estimate_arguments(**options)
     request = {k: arguments.pop(k) for k in ("batch", "isl", "osl", "prefix")}
     instance = {k: v for k, v in arguments.items() if k not in _NOT_EXPLAINED}
     estimator = Estimator(**instance)
     check_request(estimator.model, **request)
+    if estimator.techniques:
+        plain = Estimator(**{**instance, "techniques": ()})
+        title = f"{plain.model.name} on {plain.machine.name}: without and with {', '.join(instance['techniques'])}"
+        _compared(plain, estimator, request["batch"], request["isl"], request["osl"], title, as_json)
+        return
     explanation = run(estimator, **request)
     if as_json:
         echo_json(explanation.data())
     else:
         click.echo(explanation.text())
+
+
+def _paper(name: str, as_json: bool) -> None:
+    """The two settings that a paper's first predicted claim compares."""
+    from perfmodel.papers.run import load, pair
+    from perfmodel.papers.setting import estimator
+
+    paper = load(name)
+    before, after = pair(paper)
+    title = f"{paper.title}\n{before.name} against {after.name}: {after.setting.model} on {after.setting.hardware}"
+    sizes = before.batch, round(before.input), round(before.output)
+    _compared(estimator(before.setting), estimator(after.setting), *sizes, title, as_json)
+
+
+def _compared(before: Any, after: Any, batch: float, isl: int, osl: int, title: str, as_json: bool) -> None:
+    from perfmodel.explain.compare import compare, text
+
+    found = compare(before, after, batch, isl, osl)
+    if as_json:
+        echo_json(found.data())
+        return
+    click.echo(heading(title))
+    click.echo(text(found, batch, isl, osl))
+    for technique in after.techniques:
+        if technique not in before.techniques:
+            equation = (type(technique).__doc__ or "").strip().split("\n\n", 1)[-1]
+            click.echo(f"\n{technique.kind}: " + " ".join(equation.split()))

@@ -69,10 +69,10 @@ def show(name: str, as_json: bool) -> None:
 def describe(model: Model) -> dict[str, Any]:
     """What a model is and stores, sizes in bytes."""
     from perfmodel import memory
-    from perfmodel.ops.shard import Parallelism
+    from perfmodel.ops.shard import Parallelism, checkpoint_formats
     from perfmodel.parameters import parameters_active, parameters_total
 
-    formats = memory.checkpoint_formats(model)
+    formats = checkpoint_formats(model)
     total = parameters_total(model)
     published = model.published
     gap = total - published.total if published else None

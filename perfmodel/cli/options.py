@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import click
 
 from perfmodel import units
-from perfmodel.errors import SpecError, UnitError
+from perfmodel.errors import SpecError, UnitError, did_you_mean
+
+if TYPE_CHECKING:
+    from perfmodel.spec.workload import Trace
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,6 +41,19 @@ class Quantity(click.ParamType):
         return units.parse(value, self.kind)
 
 
+class Finite(click.FloatRange):
+    """A number of at least `least` that is neither nan nor infinite, which click's own types let through."""
+
+    def __init__(self, least: float = 0.0, *, above: bool = False) -> None:
+        super().__init__(min=least, min_open=above)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is not a finite number", param, ctx)
+        return number
+
+
 class FromPlan(click.Command):
     """A verb about one instance: with --plan, the options that are not given are those of a pool of the plan."""
 
@@ -44,6 +61,11 @@ class FromPlan(click.Command):
         given, _, _ = self.make_parser(ctx).parse_args(list(args))
         if isinstance(given.get("plan"), str):
             ctx.default_map = _pool_options(given["plan"], given.get("pool", "1"))
+        elif "pool" in given:
+            raise SpecError("--pool is a pool of --plan: give both")
+        if isinstance(given.get("paper"), str):
+            # A paper's settings name these themselves.
+            ctx.default_map = {"model": "", "hardware": ""}
         return super().parse_args(ctx, args)
 
 
@@ -57,7 +79,7 @@ def _pool_options(path: str, pool: str) -> dict[str, Any]:
     chosen = plan.pools[int(pool) - 1]
     return {
         "model": plan.model, "hardware": chosen.hardware, "engine": plan.engine, "mem_fraction": plan.mem_fraction,
-        **{name: getattr(chosen, name) for name in ("tp", "pp", "dp", "cp", "ep", "weight_dtype", "kv_dtype")},
+        **{name: getattr(chosen, name) for name in ("tp", "pp", "dp", "cp", "ep", "weight_dtype", "kv_dtype", "techniques")},
     }  # fmt: skip
 
 
@@ -86,6 +108,8 @@ _INSTANCE = (
                  help="vllm, sglang, trtllm or llama.cpp; vllm==0.8.5 for a version's memory accounting."),
     click.option("--mem-fraction", "--gpu-memory-utilization", "mem_fraction", type=Quantity("ratio"),
                  help="Share of device memory the engine may use.  [the engine's]"),
+    click.option("-t", "--technique", "techniques", multiple=True, metavar="NAME[:k=v,...]",
+                 help="A technique, such as kv-quantization:bits=4; may be repeated. `perfmodel techniques` lists them."),
 )  # fmt: skip
 
 _REQUEST = (
@@ -110,6 +134,39 @@ def _apply(options: tuple[Any, ...], function: F) -> F:
 def estimate_options(function: F) -> F:
     """Everything one estimate is asked with; the verb's class is `FromPlan`."""
     return _apply((*_INSTANCE, *_REQUEST, *_PLAN), function)
+
+
+def trace_of(
+    file: str, columns: tuple[str, ...], where: tuple[str, ...], block_tokens: int, *, keep_ticks: bool = False
+) -> Trace:
+    """How to read a trace, from --column ROLE=NAME, --where COLUMN=VALUE and the rest. Raises SpecError for an unknown role."""
+    from perfmodel.spec.workload import Columns, Label, Trace
+
+    labels: tuple[str, ...] = get_args(Label)
+    roles = [*(name for name in Columns.model_fields if name not in ("labels", "where")), *labels]
+    named = _pairs("--column", "ROLE=NAME", columns)
+    for role in named:
+        if role not in roles:
+            raise SpecError(f"--column: {role!r} is not a role{did_you_mean(role, roles)}; there are {', '.join(roles)}")
+    if {"arrival_s", "arrival_ms"} <= named.keys():
+        raise SpecError("--column: name either arrival_s or arrival_ms")
+    said = {name: named.pop(name) for name in labels if name in named}
+    found = Columns.model_validate({**named, "labels": said, "where": _pairs("--where", "COLUMN=VALUE", where)})
+    return Trace(file=file, columns=found, block_tokens=block_tokens, spread_ticks=not keep_ticks)
+
+
+def refuse_reading_options(columns: tuple[str, ...], where: tuple[str, ...]) -> None:
+    """A fitted workload has no columns to name or rows to choose: its options would do nothing."""
+    for option, given in (("--column", columns), ("--where", where)):
+        if given:
+            raise SpecError(f"{option} is about the columns of a trace, and this is a fitted workload: leave it out")
+
+
+def _pairs(option: str, form: str, given: tuple[str, ...]) -> dict[str, str]:
+    for text in given:
+        if "=" not in text:
+            raise SpecError(f"{option}: write {form}, not {text!r}")
+    return dict(text.split("=", 1) for text in given)
 
 
 def estimate_arguments(

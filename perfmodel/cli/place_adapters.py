@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from perfmodel.cli.group import common_options
-from perfmodel.cli.options import Quantity
+from perfmodel.cli.options import Finite, Quantity
 from perfmodel.cli.text import echo_json, heading, number, seconds, size, table
 from perfmodel.errors import SpecError
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--slots", type=click.IntRange(1), required=True, help="Adapters on a device at once (vLLM: --max-loras).")
 @click.option("--table", "file", type=click.Path(exists=True, dir_okay=False), help="CSV: adapter, rate (or requests), rank.")
 @click.option("--count", type=click.IntRange(1), help="Adapters of a popularity law, instead of a table.")
-@click.option("--zipf", type=float, default=1.0, show_default=True, help="Its exponent.")
+@click.option("--zipf", type=Finite(), default=1.0, show_default=True, help="Its exponent.")
 @click.option("--rank", "ranks", default="16", show_default=True, help="Ranks of its adapters, in turn: '16' or '8,16,64'.")
 @click.option("--rate", type=Quantity("rate", bare=True), help="Requests per second of all adapters.  [the table's sum]")
 @click.option("--targets", type=click.Choice(["attention", "linear"]), default="linear", show_default=True,
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 @click.option("--request-time", type=Quantity("time"), default="5 s", show_default=True, help="A request keeps its adapter.")
 @click.option("--device-memory", type=Quantity("size"), help="For adapters on each device.  [slots alone limit]")
 @click.option("--host-memory", type=Quantity("size"), help="For adapters on each replica's host.  [all fit]")
-@click.option("--imbalance", type=float, default=0.1, show_default=True, help="Load of a replica over the mean, at most.")
+@click.option("--imbalance", type=Finite(), default=0.1, show_default=True, help="Load of a replica over the mean, at most.")
 @click.option("--solver", type=click.Choice(["highs", "cbc"]), default="highs", show_default=True)
 @common_options
 def place_adapters(

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 import click
 
 from perfmodel.cli.group import common_options
-from perfmodel.cli.options import Quantity
+from perfmodel.cli.options import Finite, Quantity
 from perfmodel.cli.text import echo_json, heading, number, size, table
 from perfmodel.errors import SpecError
 
@@ -23,20 +23,23 @@ _ROUTINGS = ("prefix-affine", "random", "round-robin", "least-loaded")
 @click.option("--hw", "--hardware", "hardware", required=True, help="Node: name, alias or YAML.")
 @click.option("--trace", required=True, type=click.Path(exists=True, dir_okay=False), help="Requests with block ids.")
 @click.option("--block-tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of a block of the trace.")
-@click.option("--tp", "--tensor-parallel-size", "tp", type=int, default=1, show_default=True, help="Tensor-parallel degree.")
-@click.option("--pp", "--pipeline-parallel-size", "pp", type=int, default=1, show_default=True, help="Pipeline stages.")
+@click.option("--tp", "--tensor-parallel-size", "tp", type=click.IntRange(1), default=1, show_default=True,
+              help="Tensor-parallel degree.")
+@click.option("--pp", "--pipeline-parallel-size", "pp", type=click.IntRange(1), default=1, show_default=True,
+              help="Pipeline stages.")
 @click.option("--kv-dtype", "--kv-cache-dtype", "kv_dtype", help="KV-cache format.  [the activations']")
 @click.option("--weight-dtype", "--quantization", "weight_dtype", help="Weight format.  [the checkpoint's]")
 @click.option("--engine", default="vllm", show_default=True, help="vllm, sglang, trtllm or llama.cpp.")
 @click.option("--replicas", type=click.IntRange(1), help="Instances.  [as few as carry the trace without hits]")
 @click.option("--routing", type=click.Choice(_ROUTINGS), default="prefix-affine", show_default=True, help="Who gets a request.")
-@click.option("--guard", type=float, help="Most work a replica may get for its prefixes, over the mean.  [none]")
+@click.option("--guard", type=Finite(1.0), help="Most work a replica may get for its prefixes, over the mean.  [none]")
 @click.option("--tier", "wanted", multiple=True, metavar="NAME=WHAT",
               help="hbm, dram, cxl, ssd, csd or remote = a size (dram=1TB) or catalogue devices (csd=8xsmartssd) per node; hbm "
               "per replica, remote in all; 0 leaves it out.  [the node's host memory and drives]")
 @click.option("--gb-price", "gb_prices", multiple=True, metavar="NAME=USD", help="USD per GB-month of a tier, such as dram=0.3.")
 @click.option("--price", type=Quantity("price"), help="Of a whole node, such as '88 USD/h'.  [the catalogue's]")
-@click.option("--drive-writes-per-day", type=float, help="Full writes a day that the drives' endurance allows.  [no limit]")
+@click.option("--drive-writes-per-day", type=Finite(above=True),
+              help="Full writes a day that the drives' endurance allows.  [no limit]")
 @click.option("--busy", type=Quantity("ratio"), default="0.8", show_default=True, help="Share of each path's rate to plan for.")
 @click.option("--objective", type=click.Choice(["net", "gpu"]), default="net", show_default=True,
               help="net: prefill seconds saved less fetch seconds; gpu: prefill seconds alone, where fetching is quicker.")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from perfmodel.cli.group import common_options
+from perfmodel.cli.options import Finite
 from perfmodel.cli.text import echo_json, heading, number, seconds, table
 from perfmodel.errors import SpecError
 
@@ -25,13 +26,13 @@ if TYPE_CHECKING:
 @click.option("--slots", type=click.IntRange(1), help="Experts a rank may hold.  [experts / ranks, rounded up]")
 @click.option("--batch", type=click.IntRange(1), required=True, help="Sequences in one decode step, all ranks together.")
 @click.option("--context", type=click.IntRange(1), default=2048, show_default=True, help="Tokens each sequence attends.")
-@click.option("--zipf", type=float, help="Popularity of experts: share of the i-th proportional to i^-ZIPF.")
+@click.option("--zipf", type=Finite(), help="Popularity of experts: share of the i-th proportional to i^-ZIPF.")
 @click.option("--loads", type=click.Path(exists=True, dir_okay=False),
               help="Tokens or shares of each expert: JSON or CSV, one row a layer.")
 @click.option("--coactivation", type=click.Path(exists=True, dir_okay=False),
               help="Tokens that choose both of two experts: a square JSON or CSV, in the unit of --loads, one layer.")
 @click.option("--samples", type=click.IntRange(1), default=4096, show_default=True, help="Routed tokens drawn per layer.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the draw.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Of the draw.")
 @click.option("--weight-dtype", "--quantization", "weight_dtype", help="Weight format.  [the checkpoint's]")
 @click.option("--engine", default="vllm", show_default=True, help="vllm, sglang, trtllm.")
 @click.option("--exact", is_flag=True, help="Solve the integer program however large.")

@@ -8,7 +8,7 @@ import click
 
 from perfmodel import units
 from perfmodel.cli.group import common_options
-from perfmodel.cli.options import Quantity
+from perfmodel.cli.options import Finite, Quantity
 from perfmodel.cli.text import echo_json, heading, number, seconds, size, table
 from perfmodel.errors import SpecError
 
@@ -36,7 +36,7 @@ _TENSORS = ("weights", "cache", "activations")
 @click.option("--link", type=Quantity("bandwidth"), help="Measured rate to and from the device.  [the host link's]")
 @click.option("--host-attention", type=Quantity("bandwidth"),
               help="Bytes of cache per second that attention on the host gets through.  [by the host's memory and cores]")
-@click.option("--expand", type=click.FloatRange(min=0), default=0.0, show_default=True,
+@click.option("--expand", type=Finite(), default=0.0, show_default=True,
               help="Bytes of device memory moved per narrow element that is expanded before its product.")
 @click.option("--policy", metavar="W_G,W_C,C_G,C_C,H_G,H_C:BxK", help="Price this policy too: percentages, batch x batches.")
 @click.option("--solver", type=click.Choice(["highs", "cbc"]), default="highs", show_default=True)

@@ -23,9 +23,10 @@ if TYPE_CHECKING:
               help="Hosts with their devices: '2x a100-pcie-80gb, 4x rtx-4090/tp2, l40s'; /tpN joins N cards to one stage.")
 @click.option("--link", default="ethernet-10g", show_default=True, help="Between hosts: a network's name or '10 Gbit/s'.")
 @click.option("--between", multiple=True, metavar="I:J=LINK", help="Another link between the I-th and the J-th host (from 1).")
-@click.option("--isl", type=int, default=1024, show_default=True, help="Prompt tokens each.")
-@click.option("--osl", type=int, default=128, show_default=True, help="Output tokens each.")
-@click.option("--batch", type=int, default=32, show_default=True, help="Sequences in flight over the whole pipeline.")
+@click.option("--isl", type=click.IntRange(1), default=1024, show_default=True, help="Prompt tokens each.")
+@click.option("--osl", type=click.IntRange(1), default=128, show_default=True, help="Output tokens each.")
+@click.option("--batch", type=click.IntRange(1), default=32, show_default=True,
+              help="Sequences in flight over the whole pipeline.")
 @click.option("--goal", type=click.Choice(["throughput", "latency"]), default="throughput", show_default=True)
 @click.option("--ordered", is_flag=True, help="Stages only in the order of the list.")
 @click.option("--engine", default="vllm", show_default=True, help="vllm, sglang, trtllm or llama.cpp.")

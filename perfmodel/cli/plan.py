@@ -7,7 +7,7 @@ import sys
 import click
 
 from perfmodel.cli.group import common_options
-from perfmodel.cli.options import Quantity
+from perfmodel.cli.options import Finite, Quantity
 from perfmodel.cli.text import echo_json
 
 OBJECTIVES = ["cost", "devices", "power", "carbon", "latency", "goodput"]
@@ -19,13 +19,14 @@ OBJECTIVES = ["cost", "devices", "power", "carbon", "latency", "goodput"]
 @click.option("--objective", type=click.Choice(OBJECTIVES), help="What to minimise.  [the file's]")
 @click.option("--confidence", type=Quantity("ratio"), help="Probability of keeping the promises, 0.5 to 1.  [the file's]")
 @click.option("--budget", help="Most the fleet may cost, such as '60 USD/h'.  [the file's]")
-@click.option("--load", type=click.FloatRange(0, min_open=True), help="Multiple of the rate to plan for.  [the file's]")
+@click.option("--load", type=Finite(above=True), help="Multiple of the rate to plan for.  [the file's]")
 @click.option("--quick", is_flag=True, help="Only the plan: no runners-up, no sensitivities.")
+@click.option("--replay-all", is_flag=True, help="Replay runners-up, alternatives and what-ifs too.")
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @common_options
 def plan(
     file: str, out: str, objective: str | None, confidence: float | None, budget: str | None, load: float | None,
-    quick: bool, no_report: bool, as_json: bool,
+    quick: bool, replay_all: bool, no_report: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Choose the fleet for the workload in FILE (YAML)."""
     from perfmodel.planner.run import plan as run
@@ -36,8 +37,9 @@ def plan(
     # A plan takes minutes; say so where a person is watching.
     shown = progress if sys.stderr.isatty() else None
     result = run(
-        file, objective=objective, confidence=confidence, budget=budget, load=load, explain=not quick, progress=shown
-    )
+        file, objective=objective, confidence=confidence, budget=budget, load=load, explain=not quick, replay_all=replay_all,
+        progress=shown,
+    )  # fmt: skip
     if as_json:
         echo_json(result.data)
     else:

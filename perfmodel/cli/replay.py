@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from perfmodel.cli.group import common_options
-from perfmodel.cli.options import Quantity
+from perfmodel.cli.options import Quantity, refuse_reading_options, trace_of
 from perfmodel.cli.text import echo_json, heading, number, plural, seconds, table
-from perfmodel.errors import SpecError
+from perfmodel.errors import SpecError, UnitError
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from perfmodel.serving.replay.outcome import Outcome
     from perfmodel.serving.requests import Requests
     from perfmodel.spec.deployment import Deployment
-    from perfmodel.spec.workload import Limit, Trace
+    from perfmodel.spec.workload import Limit
 
 S = TypeVar("S", bound="BaseModel")
 
@@ -51,18 +52,20 @@ _POOL_OPTIONS = (
               help="What runs: a plan.json (its key `deployment`), or a deployment as YAML.")
 @click.option("--model", help="Instead of --plan, one pool of this model: name, alias, Hugging Face id or file.")
 @click.option("--hw", "--hardware", "hardware", help="Device or node of that pool.")
-@click.option("--replicas", type=int, help="Instances of that pool.  [1]")
-@click.option("--tp", "--tensor-parallel-size", type=int, help="Tensor-parallel degree.  [1]")
-@click.option("--pp", "--pipeline-parallel-size", type=int, help="Pipeline stages.  [1]")
-@click.option("--dp", "--data-parallel-size", type=int, help="Data-parallel ranks of one instance.  [1]")
-@click.option("--cp", type=int, help="Context-parallel degree.  [1]")
-@click.option("--ep", type=int, help="Expert-parallel degree.  [1]")
+@click.option("--replicas", type=click.IntRange(1), help="Instances of that pool.  [1]")
+@click.option("--tp", "--tensor-parallel-size", type=click.IntRange(1), help="Tensor-parallel degree.  [1]")
+@click.option("--pp", "--pipeline-parallel-size", type=click.IntRange(1), help="Pipeline stages.  [1]")
+@click.option("--dp", "--data-parallel-size", type=click.IntRange(1), help="Data-parallel ranks of one instance.  [1]")
+@click.option("--cp", type=click.IntRange(1), help="Context-parallel degree.  [1]")
+@click.option("--ep", type=click.IntRange(1), help="Expert-parallel degree.  [1]")
 @click.option("--weight-dtype", "--quantization", "weight_dtype", help="Weight format.  [the checkpoint's]")
 @click.option("--kv-dtype", "--kv-cache-dtype", "kv_dtype", help="KV-cache format.")
 @click.option("--policy", help="chunked, whole, static, layered or split.  [chunked]")
 @click.option("--prefill-share", type=Quantity("ratio"), help="Compute units that prefill under the policy split.  [0.5]")
-@click.option("--max-batch", "--max-num-seqs", "max_batch", type=int, help="Sequences decoded together.  [the engine's]")
-@click.option("--chunk", "--max-num-batched-tokens", "chunk", type=int, help="Tokens of a step.  [the engine's]")
+@click.option("--max-batch", "--max-num-seqs", "max_batch", type=click.IntRange(1),
+              help="Sequences decoded together.  [the engine's]")
+@click.option("--chunk", "--max-num-batched-tokens", "chunk", type=click.IntRange(1),
+              help="Tokens of a step.  [the engine's]")
 @click.option("--engine", help="Serving engine.  [the plan's, else vllm]")
 @click.option("--mem-fraction", "--gpu-memory-utilization", "mem_fraction", type=Quantity("ratio"), help="Memory share.")
 @click.option("--routing", help="random, round-robin, least-loaded or prefix-affine.  [the plan's, else round-robin]")
@@ -79,13 +82,16 @@ _POOL_OPTIONS = (
 @click.option("--scale", type=click.Choice(["superpose", "thin", "compress"]), help="How the multiple is made.")
 @click.option("--column", multiple=True, metavar="ROLE=NAME", help="Column of arrival_s, arrival_ms, input, output, blocks …")
 @click.option("--where", multiple=True, metavar="NAME=VALUE", help="Keep the rows that say so.")
-@click.option("--block-tokens", type=int, default=512, show_default=True, help="Prompt tokens of one block id.")
+@click.option("--block-tokens", type=click.IntRange(1), default=512, show_default=True, help="Prompt tokens of one block id.")
+@click.option("--image", metavar="HEIGHTxWIDTH", help="Pixels of the images in prompts: '1024x1024'.  [the plan's]")
+@click.option("--images-per-request", type=click.IntRange(0), help="Images of each prompt.  [the trace's column]")
+@click.option("--images-counted", is_flag=True, help="The trace's input lengths hold the images' tokens already.")
 @click.option("--limit-ttft", type=LimitOption(), help="Limit of goodput: '2 s', or '1 s + 0.3 ms/token'.")
 @click.option("--limit-tpot", type=Quantity("time"), help="Limit of goodput: '50 ms'.")
 @click.option("--window", type=Quantity("time"), default="300 s", show_default=True, help="Length of the worst window.")
 @click.option("--compare", is_flag=True, help="Put measured times of the trace (ttft, tpot, e2e columns) beside ours.")
 @click.option("--out", type=click.Path(dir_okay=False), metavar="FILE", help="Write one CSV row per request.")
-@click.option("--seed", type=int, default=1, show_default=True, help="Of random routing, shares and scaling.")
+@click.option("--seed", type=click.IntRange(0), default=1, show_default=True, help="Of random routing, shares and scaling.")
 @common_options
 def replay(as_json: bool, trace: str, compare: bool, out: str | None, **o: Any) -> None:
     """Simulate every engine step while a deployment serves the requests of TRACE.
@@ -100,13 +106,19 @@ def replay(as_json: bool, trace: str, compare: bool, out: str | None, **o: Any) 
     from perfmodel.serving.replay import deploy, measured, summary
 
     deployment = _deployment(o)
-    requests, history, described = _requests(trace, o)
+    images = _images(o, deployment)
+    extras = replace(_extras(o), image=(images["height"], images["width"]) if images else None)
+    if extras.tiers and not deployment.prefix_caching:
+        raise SpecError("--tier holds cached prefixes: add --prefix-caching")
+    requests, history, described = _requests(trace, o, deployment.model, images)
+    if o["prefix_caching"] and requests.blocks is None:
+        raise SpecError("--prefix-caching finds nothing: the trace does not say which prompts share blocks", file=trace)
     real = None
     if compare:
         if o["rate"] != "mean" or o["load"] != 1:
             raise SpecError("--compare needs the trace as it was measured: leave --rate and --load out")
-        real = measured.measured(_trace(trace, o), Path())
-    deployed = deploy.deploy(deployment, requests, _extras(o))
+        real = measured.measured(trace_of(trace, o["column"], o["where"], o["block_tokens"]), Path())
+    deployed = deploy.deploy(deployment, requests, extras)
     outcome = _run(deployed, requests, history, o["seed"])
     limits = {"ttft": o["limit_ttft"], "tpot": o["limit_tpot"]}
     data = {
@@ -120,7 +132,7 @@ def replay(as_json: bool, trace: str, compare: bool, out: str | None, **o: Any) 
             met = outcome.met(**limits) if any(v is not None for v in limits.values()) else None
             summary.write_rows(outcome, stream, real, met)
     if as_json:
-        echo_json(_without_nan(data))
+        echo_json(data)
     else:
         click.echo(page(data))
 
@@ -155,38 +167,42 @@ def _checked(data: dict[str, Any], model: type[S]) -> S:
             note(value, (*path, key))
 
     note(data, ())
-    return yaml.validate(yaml.Document(data, "options", keys), model)
+    try:
+        return yaml.validate(yaml.Document(data, "", keys), model)
+    except SpecError as error:
+        said = error.path.rpartition(".")[2].replace("_", "-")
+        raise SpecError(str(error).removeprefix(f"{error.path}: "), path=f"--{said}" if said else "") from None
 
 
-def _pairs(values: tuple[str, ...], option: str) -> dict[str, str]:
-    found = {}
-    for text in values:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise SpecError(f"{option} {text!r}: write NAME=VALUE")
-        found[name] = value
-    return found
-
-
-def _trace(file: str, o: dict[str, Any]) -> Trace:
-    from perfmodel.spec import workload
-
-    columns: dict[str, Any] = {**_pairs(o["column"], "--column"), "where": _pairs(o["where"], "--where")}
-    data = {"file": file, "columns": columns, "block_tokens": o["block_tokens"]}
-    return _checked(data, workload.Trace)
-
-
-def _requests(file: str, o: dict[str, Any]) -> tuple[Requests, Requests | None, str]:
+def _requests(file: str, o: dict[str, Any], model: str, images: dict[str, Any] | None) -> tuple[Requests, Requests | None, str]:
     """Requests to replay, those before them that warm prefix caches, and what they are."""
-    from perfmodel.serving.workload import build
+    from perfmodel.serving.images import build
     from perfmodel.spec import workload
 
     fitted = Path(file).suffix in (".yaml", ".yml")
-    source = {"fitted": file} if fitted else {"trace": _trace(file, o).model_dump()}
-    data = {**source, "rate": o["rate"], "load": (o["load"],), "scale": o["scale"], "objectives": {}}
+    if fitted:
+        refuse_reading_options(o["column"], o["where"])
+    source = {"fitted": file} if fitted else {"trace": trace_of(file, o["column"], o["where"], o["block_tokens"]).model_dump()}
+    data = {**source, "rate": o["rate"], "load": (o["load"],), "scale": o["scale"], "images": images, "objectives": {}}
     spec = _checked(data, workload.Workload)
-    built = build(spec, Path(), o["load"], o["seed"])
-    return built.requests, built.before, f"{built.described}, {built.rate:.4g} requests/s"
+    built = build(spec, Path(), o["load"], o["seed"], model, at_once=True)
+    pace = f", {built.rate:.4g} requests/s" if built.span else ""
+    return built.requests, built.before, built.described + pace
+
+
+def _images(o: dict[str, Any], deployment: Deployment) -> dict[str, Any] | None:
+    """Size and number of the images in prompts: as told, else of the size that the plan was made for."""
+    size = deployment.image
+    if o["image"] is not None:
+        sides = o["image"].lower().split("x")
+        if len(sides) != 2 or not all(side.strip().isdigit() and int(side) for side in sides):
+            raise SpecError(f"--image {o['image']!r}: write height and width in pixels, such as '1024x1024'")
+        size = (int(sides[0]), int(sides[1]))
+    if size is None:
+        if o["images_per_request"]:
+            raise SpecError("--images-per-request needs --image: how large they are")
+        return None
+    return {"height": size[0], "width": size[1], "per_request": o["images_per_request"], "counted": o["images_counted"]}
 
 
 def _extras(o: dict[str, Any]) -> Extras:
@@ -198,7 +214,10 @@ def _extras(o: dict[str, Any]) -> Extras:
         words = text.split()
         if len(words) != 5:
             raise SpecError(f"--tier {text!r}: write a name, a size and a bandwidth, such as 'dram 512 GB 50 GB/s'")
-        size, rate = units.parse(" ".join(words[1:3]), "size"), units.parse(" ".join(words[3:]), "bandwidth")
+        try:
+            size, rate = units.parse(" ".join(words[1:3]), "size"), units.parse(" ".join(words[3:]), "bandwidth")
+        except UnitError as error:
+            raise SpecError(f"--tier {text!r}: {error}") from None
         if size <= 0 or rate <= 0:
             raise SpecError(f"--tier {text!r}: size and bandwidth must be positive")
         tiers.append(TierSpec(words[0], size, rate))
@@ -225,11 +244,6 @@ def _run(deployed: Deployed, requests: Requests, history: Requests | None, seed:
 
             outcome = deployed.fleet.run(every, seed=seed, front=front, progress=progress)
     return outcome if history is None else outcome.take(every.arrival >= 0)
-
-
-def _without_nan(data: dict[str, Any]) -> dict[str, Any]:
-    """Values nobody has (a median of nothing) become null."""
-    return {k: _without_nan(v) if isinstance(v, dict) else None if v != v else v for k, v in data.items()}
 
 
 def page(d: dict[str, Any]) -> str:

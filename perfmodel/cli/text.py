@@ -13,7 +13,7 @@ from perfmodel import units
 
 
 def echo_json(data: Any) -> None:
-    """Print one JSON document. Infinity (an unstable queue, say) has no JSON spelling and becomes null."""
+    """Print one JSON document. Infinity (an unstable queue, say) and what nobody has (a median of nothing) become null."""
     click.echo(json.dumps(_plain(data), indent=2, allow_nan=False))
 
 
@@ -24,7 +24,7 @@ def _plain(x: Any) -> Any:
         return [_plain(v) for v in x]
     if hasattr(x, "tolist"):  # a NumPy scalar or array
         return _plain(x.tolist())
-    return None if isinstance(x, float) and math.isinf(x) else x
+    return None if isinstance(x, float) and not math.isfinite(x) else x
 
 
 def heading(text: str) -> str:

@@ -9,14 +9,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from perfmodel.cli.group import F, Verbs, common_options, help_if_alone
-from perfmodel.cli.text import echo_json, heading, number, seconds, table, tally
-from perfmodel.errors import SpecError, did_you_mean
+from perfmodel.cli.options import refuse_reading_options, trace_of
+from perfmodel.cli.text import echo_json, heading, number, plural, seconds, table, tally
+from perfmodel.errors import SpecError
 
 if TYPE_CHECKING:
     from perfmodel.serving.requests import Requests
-
-_COLUMNS = ("arrival_s", "arrival_ms", "input", "output", "blocks", "session", "think_s", "elapsed_s")
-_LABELS = ("tenant", "model", "max_tokens")
 
 
 @click.group(cls=Verbs, verbs={"show": f"{__name__}:show", "fit": f"{__name__}:fit"})
@@ -45,26 +43,12 @@ def _reading(function: F) -> F:
 
 def _read(file: str, columns: tuple[str, ...], where: tuple[str, ...], block_tokens: int, keep_ticks: bool) -> Requests:
     from perfmodel.serving.trace import read_trace
-    from perfmodel.spec.workload import Columns, Trace
 
-    roles = _pairs("--column", columns)
-    for role in roles:
-        if role not in (*_COLUMNS, *_LABELS):
-            hint = did_you_mean(role, (*_COLUMNS, *_LABELS))
-            raise SpecError(f"--column: {role!r} is not a role{hint}; there are {', '.join((*_COLUMNS, *_LABELS))}")
-    if {"arrival_s", "arrival_ms"} <= roles.keys():
-        raise SpecError("--column: name either arrival_s or arrival_ms")
-    labels = {name: roles.pop(name) for name in _LABELS if name in roles}
-    named = Columns.model_validate({**roles, "labels": labels, "where": _pairs("--where", where)})
-    found = Trace(file=str(Path(file).resolve()), columns=named, block_tokens=block_tokens, spread_ticks=not keep_ticks)
-    return read_trace(found, Path())
+    return read_trace(trace_of(file, columns, where, block_tokens, keep_ticks=keep_ticks), Path())
 
 
-def _pairs(option: str, given: tuple[str, ...]) -> dict[str, str]:
-    for text in given:
-        if "=" not in text:
-            raise SpecError(f"{option}: write {'ROLE=NAME' if option == '--column' else 'COLUMN=VALUE'}, not {text!r}")
-    return dict(text.split("=", 1) for text in given)
+def _is_fitted(file: str) -> bool:
+    return Path(file).suffix in (".yaml", ".yml")
 
 
 @click.command()
@@ -81,7 +65,8 @@ def show(file: str, as_json: bool, **how: Any) -> None:
     """
     from perfmodel.serving.trace_summary import summary
 
-    if Path(file).suffix in (".yaml", ".yml"):
+    if _is_fitted(file):
+        refuse_reading_options(how["columns"], how["where"])
         from perfmodel.serving.synthesis import synthesise
         from perfmodel.serving.workload import read_fitted
 
@@ -114,6 +99,8 @@ def fit(file: str, out: str, as_json: bool, **how: Any) -> None:
     from perfmodel.serving.trace_fit import to_yaml
     from perfmodel.serving.trace_summary import summary
 
+    if _is_fitted(file):
+        raise SpecError("a fit describes a trace (CSV or JSON lines), and this is YAML: a workload needs no fit", file=file)
     requests = _read(file, **how)
     fitted = describe(requests, Path(file).name)
     Path(out).write_text(to_yaml(fitted), encoding="utf-8")
@@ -154,10 +141,10 @@ def _page(file: str, x: dict[str, Any]) -> str:
              for w, p in rate["peaks"].items()]  # fmt: skip
     mean = "-" if rate["mean"] is None else f"{number(rate['mean'])} /s"
     parts = [
-        heading(f"{Path(file).name}: {x['requests']:,} requests over {seconds(x['span_s'])}"),
+        heading(f"{Path(file).name}: {plural(x['requests'], 'request')} over {seconds(x['span_s'])}"),
         f"{heading('Rate')}\n{table([['mean', mean], *peaks])}",
         f"{heading('Bursts')} (Poisson: 1)\n" + table([
-            ["CV of gaps", number(burst["cv"])],
+            ["CV of gaps", "-" if burst["cv"] is None else number(burst["cv"])],
             *([f"index of dispersion, {w} s", "-" if v is None else number(v)]
               for w, v in burst["index_of_dispersion"].items()),
             ["fullest second / mean", "-" if burst["peak_to_mean_1s"] is None else number(burst["peak_to_mean_1s"])],

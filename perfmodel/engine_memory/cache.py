@@ -39,7 +39,7 @@ def cache_tokens(i: Instance, pool: float, block: int, *, table: bool = False) -
 
     table: the pool was measured with the table of request slots in it.
     """
-    records = cache_residency(i.model, i.par, i.formats, i.par.dp, 1)
+    records = [r for r in cache_residency(i.model, i.par, i.formats, i.par.dp, 1) if r.tier == "hbm"]
     attention = [r for r in records if r.tensor == "kv"]
     state = sum(float(r.bytes) for r in records if r.tensor == "state")
     per_token = sum(float(r.bytes) for r in attention)
@@ -63,7 +63,8 @@ def cache_tokens(i: Instance, pool: float, block: int, *, table: bool = False) -
 
 
 def _window(model: Model, record: Residency) -> int | None:
-    mixer = model.blocks[record.name.split(".")[0]].mixer
+    block = model.blocks.get(record.name.split(".")[0])
+    mixer = block.mixer if block else None
     return mixer.window if isinstance(mixer, Attention) else None
 
 
@@ -90,7 +91,10 @@ def _grouped_tokens(i: Instance, records: list[Residency], pool: float, block: i
     counts: dict[tuple[str, int | None], int] = {}
     page = 0.0
     state: dict[str, float] = {}
-    for record in records:
+    own = [r for r in records if r.name.split(".")[0] in i.model.blocks]
+    # A draft's cache grows beside the model's own.
+    pool *= sum(float(r.bytes) for r in own) / sum(float(r.bytes) for r in records)
+    for record in own:
         name = record.name.split(".")[0]
         layers = i.model.block_counts()[name] / float(i.par.pp)
         each = float(record.bytes) / layers

@@ -26,6 +26,8 @@ def loaded_weights(i: Instance, stage: Stage = "fullest") -> float:
     outer: dict[str, float] = {}
     counts = i.model.block_counts()
     for record in weight_residency(i.model, one, i.formats):
+        if record.tier != "hbm":
+            continue
         block, _, tensor = record.name.partition(".")
         if tensor:
             layers[block] += _stored(i, record, tensor, files) / counts[block]

@@ -15,6 +15,8 @@ from perfmodel.spec.engine_flags import EngineFlags
 _SEPARATORS = {"&", "&&", "||", "|", ";", "\n", "(", ")", ";;"}
 _IMAGES = {"vllm/vllm-openai": "vllm", "llama.cpp:server": "llama.cpp", "llama.cpp:full": "llama.cpp"}
 """Images whose entry point is the server: their arguments follow the image's name."""
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+_FILE = re.compile(r"/|\.(sh|ya?ml|json|txt)$")
 _NOT_SERVERS = {"disaggregated", "disaggregated_mpi_worker", "mm_embedding_serve", "bench", "complete", "chat"}
 
 
@@ -94,12 +96,32 @@ def split(text: str) -> list[list[str]]:
     return [c for c in commands if c]
 
 
+def expanded(commands: list[list[str]]) -> Iterator[list[str]]:
+    """Commands with the variables that earlier ones set put in; a variable alone may bring several words.
+
+    >>> list(expanded(split("M=a/b; export A='-tp 2'; vllm serve ${M} $A --port ${P:-80} --seed $S")))[-1]
+    ['vllm', 'serve', 'a/b', '-tp', '2', '--port', '80', '--seed', '$S']
+    """
+    known: dict[str, str] = {}
+    for words in commands:
+        made: list[str] = []
+        for word in words:
+            text = _VARIABLE.sub(lambda m: known.get(m[1] or m[2], m[0] if m[3] is None else m[3]), word)
+            made += text.split() if _VARIABLE.fullmatch(word) else [text]
+        said = _environment(made)
+        if len(said) == len(made) - (made[:1] == ["export"]):
+            known.update(said)
+        yield made
+
+
 def read(text: str) -> list[Command]:
     """Every server command in a piece of shell. Raises SpecError where there is none."""
-    found = [c for words in split(text) for c in servers(words)]
+    found = [c for words in expanded(split(text)) for c in servers(words)]
     if not found:
         starts = ", ".join(repr(" ".join(flags(e).commands[0])) for e in documented())
-        raise SpecError(f"no server command in {text.strip()[:60]!r}; one begins with {starts}")
+        words = text.split()
+        said = f"{words[0]}: no such file, and" if len(words) == 1 and _FILE.search(words[0]) else "there is"
+        raise SpecError(f"{said} no server command in {text.strip()[:60]!r}; one begins with {starts}")
     return found
 
 

@@ -131,7 +131,7 @@ def _pod(
     if vendor not in RESOURCES or vendor not in pool.flags.images:
         raise SpecError(f"pool {pool.index + 1}: no image or device plugin of {pool.flags.title} is known for {vendor} devices")
     words = [w for w in words if w not in pool.encoders]
-    if pool.encoders:
+    if "--encoder-urls" in words:
         at = words.index("--encoder-urls") + 1
         words[at:at] = _encoders(launch, full)
     words[words.index("--port") + 1] = str(PORT)  # a pod has an address of its own

@@ -123,8 +123,15 @@ def launches(deployment: Deployment, engine: str | None = None, checkpoint: str 
             "give them one kv_dtype"
         )
     encoders = tuple(u for p in pools if p.spec.role == "encode" for u in p.urls)
-    served = (p if p.spec.role == "encode" else replace(p, encoders=encoders) for p in pools)
+    served = (replace(p, encoders=encoders) if deployment.fed(p.spec) or _language_only(p) else p for p in pools)
     return [writers[spec.engine](pool) for pool in served]
+
+
+def _language_only(pool: Pool) -> bool:
+    """Whether a decode pool stands behind instances that leave their images to encode pools."""
+    d = pool.deployment
+    encoders = any(p.role == "encode" for p in d.pools)
+    return encoders and pool.spec.role == "decode" and all(d.fed(p) for p in d.pools if p.role == "prefill")
 
 
 def _pool(
@@ -133,6 +140,11 @@ def _pool(
     e = calibration.engine(engine)
     if e.supports is None:
         raise SpecError(f"what {e.title} supports is not written down: no command can be made for it")
+    if pool.techniques:
+        raise SpecError(
+            f"no option of {e.title} is written down for {', '.join(pool.techniques)}: emit the pool without `techniques`, and "
+            "add the option by hand where a build of the engine has it"
+        )
     hardware = catalog.load_hardware(pool.hardware)
     node_name = hardware.name if isinstance(hardware, Node) else catalog.node_of(hardware.name)
     if node_name is None:
@@ -209,8 +221,10 @@ def _refuse(pool: Pool) -> None:
         raise SpecError(f"{at}: ep {p.ep}, but {pool.model.name} has no experts to spread")
     if p.role in ("prefill", "decode") and not s.disaggregation:
         raise SpecError(f"{at}: {title} does not hand keys and values to another instance; vllm, sglang and trtllm do")
-    if p.role == "encode" and pool.flags.engine != "sglang":
-        raise SpecError(f"{at}: no encoder-only server of {title} is documented here; --engine sglang has one")
+    if p.role == "encode" and not s.encoders:
+        raise SpecError(f"{at}: no encoder-only server of {title} is documented here; --engine vllm and --engine sglang have one")
+    if p.role == "encode" and p.tp > s.encoder_tp:
+        raise SpecError(f"{at}: tp {p.tp}, and an encode instance of {title} takes {s.encoder_tp}; set replicas")
     if p.policy in ("static", "layered"):
         raise SpecError(f"{at}: {title} has no {p.policy} batching; its policies are chunked and whole")
     if p.policy == "split" and pool.flags.engine != "sglang":

@@ -10,6 +10,7 @@ from typing import Any
 
 from perfmodel.engines.launch import PORT, Launch
 from perfmodel.engines.write_sglang import BOOTSTRAP
+from perfmodel.engines.write_vllm import embedding_port, embeddings
 from perfmodel.errors import SpecError
 from perfmodel.spec.deployment import Routing
 
@@ -25,6 +26,10 @@ _NGINX: dict[Routing, str] = {
 """A router's name of how requests are dealt; both routers share these."""
 
 
+_PROXY = "examples/disaggregated/disaggregated_encoder/disagg_epd_proxy.py"
+"""In vLLM's repository."""
+
+
 def script(launches: list[Launch]) -> str:
     """What to run on every node, and the router, as a shell script with comments."""
     parts = ["#!/bin/sh", *(_pool(launch) for launch in launches), _router(launches)]
@@ -38,6 +43,9 @@ def instance(launch: Launch, place: int = 0) -> tuple[dict[str, str], list[str]]
     if "VLLM_NIXL_SIDE_CHANNEL_PORT" in environment:
         environment["VLLM_NIXL_SIDE_CHANNEL_PORT"] = str(int(environment["VLLM_NIXL_SIDE_CHANNEL_PORT"]) + place * pool.spec.dp)
     words = [*launch.words, "--port", str(pool.port + place)]
+    if place and pool.spec.role != "encode" and "--ec-transfer-config" in words:
+        at = words.index("--ec-transfer-config")
+        words[at : at + 2] = embeddings(pool, place)
     if place and "--disaggregation-bootstrap-port" in words:
         at = words.index("--disaggregation-bootstrap-port") + 1
         words[at] = str(_bootstrap(launch, place))
@@ -121,6 +129,10 @@ def router_words(launches: list[Launch], port: int, selectors: Mapping[str, tupl
         raise SpecError(
             "one router deals to colocated instances or to prefill and decode ones, not to both: emit them as two plans"
         )
+    if spec.engine == "vllm" and any(p.pool.spec.role == "encode" for p in launches):
+        if selectors is not None:
+            raise SpecError("vLLM's proxy of encode pools takes fixed addresses, so it has no manifest: emit the shell script")
+        return _encoder_proxy(launches, split, plain, port)
     if not split and sum(p.pool.spec.replicas for p in plain) == 1:
         return None
     if not spec.router:
@@ -142,6 +154,19 @@ def router_words(launches: list[Launch], port: int, selectors: Mapping[str, tupl
             if role == "prefill" and spec.engine == "sglang":
                 words.append(str(_bootstrap(launch, place % launch.pool.per_node)))
     return words
+
+
+def _encoder_proxy(launches: list[Launch], split: list[Launch], plain: list[Launch], port: int) -> list[str]:
+    """vLLM's example proxy of encode pools. Where prefill is apart, its instances tell it their `ec_zmq_addrs` themselves."""
+    def of(role: str) -> str:
+        return ",".join(u for p in launches if p.pool.spec.role == role for u in urls(p))
+
+    words = ["python", _PROXY, "--host", "0.0.0.0", "--port", str(port), "--encode-servers-urls", of("encode")]
+    words += ["--prefill-servers-urls", of("prefill") if split else "disable"]
+    words += ["--decode-servers-urls", of("decode" if split else "colocated")]
+    places = [] if split else [(p.pool, place, url) for p in plain for place, url in enumerate(urls(p))]
+    heard = [f"tcp://{u.split('/')[2].partition(':')[0]}:{embedding_port(x, i % x.per_node)}" for x, i, u in places]
+    return [*words, "--ec-consumer-zmq-addrs", ",".join(heard)] if heard else words
 
 
 def disaggregated_config(launches: list[Launch], port: int, hosts: dict[str, str] | None = None) -> dict[str, Any] | None:

@@ -10,6 +10,7 @@ from perfmodel.kernels.grouped import expert_passes, grouped_gemm
 from perfmodel.kernels.latent import latent_attention
 from perfmodel.kernels.matrix import gemm
 from perfmodel.kernels.scan import scan
+from perfmodel.kernels.selection import selection
 from perfmodel.machine import Machine
 from perfmodel.ops.traffic import Op
 
@@ -22,6 +23,7 @@ LAWS: dict[str, Callable[[Op, Machine], Demands]] = {
     "elementwise": streaming,
     "gather": streaming,
     "scan": scan,
+    "selection": selection,
 }
 
 __all__ = ["LAWS", "STORED", "Demands"]

@@ -31,20 +31,30 @@ def attention(op: Op, m: Machine) -> Demands:
     # Keys and values are long runs read in order: only a part of what other kernels lose is lost.
     runs = (1 - m.law["attention_read_loss"] * (1 - m.bandwidth_efficiency)) / m.bandwidth_efficiency
     share = np.minimum(np.minimum(1.0, w.parts / m.units) * runs, m.units * m.law["attention_load_rate"] / rate)
-    d.memory = d.memory / share
+    # The kernel lasts until its fullest unit is done; pages that lie apart are read more slowly.
+    uneven = op.shape.get("uneven", 1.0)
+    d.memory = d.memory / share * uneven * op.shape.get("scattered", 1.0)
+    tail = w.tail * uneven
     starts = m.law["attention_item_start"] * np.maximum(w.items / np.maximum(m.units, _SLOTS) / w.together, 1.0)
     stored = sum((t.bytes for t in op.traffic if t.direction == "write"), start=0.0)
     d.compute = starts + np.where(w.together > 1, 0.0, stored) / rate
     dtype, padding = matrix_dtype(op), w.padding
     if dtype is not None:
-        padded = op.flops[dtype] * w.padding / _rate(dtype, m)
-        plain = op.flops[dtype] / (m.vector * m.vector_efficiency)
+        # Keys and values that are rebuilt fill whole tiles of their own.
+        rebuilt = op.shape.get("rebuild", 0.0)
+        padded = (op.flops[dtype] - rebuilt) * w.padding / _rate(dtype, m)
+        plain = (op.flops[dtype] - rebuilt) / (m.vector * m.vector_efficiency)
         on_matrix = (m.law["attention_packing"] > 0) | ~w.decode | (padded <= plain)
-        d.compute = d.compute + w.tail * np.where(on_matrix, padded, plain)
+        d.compute = d.compute + tail * (np.where(on_matrix, padded, plain) + rebuilt / _rate(dtype, m))
         padding = np.where(on_matrix, w.padding, 1.0)
-    d.vector = d.vector * padding * w.tail
+    d.vector = d.vector * padding * tail + unpacking(op, m) * tail
     d.latency = d.latency + m.law["attention_latency"]
     return d
+
+
+def unpacking(op: Op, m: Machine) -> Num:
+    """Seconds the vector units spend on widening stored keys and values before they can be multiplied."""
+    return op.shape.get("unpack", 0.0) / (m.vector * m.vector_efficiency)
 
 
 def _rate(dtype: str, m: Machine) -> Num:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from perfmodel.kernels.attention import unpacking
 from perfmodel.kernels.base import FEWEST_UNITS, Demands, matrix_dtype, stored_bytes, streaming
 from perfmodel.machine import Machine
 from perfmodel.ops.traffic import Op
@@ -55,11 +56,13 @@ def latent_attention(op: Op, m: Machine) -> Demands:
         narrow = law["latent_narrow_efficiency"] if dtype == "fp8" and m.native("fp8") else 1.0
         own = m.attention_efficiency * law["latent_efficiency"]
         rate = m.peak(dtype) * narrow * np.where(portable, law["portable_efficiency"] * m.matrix_efficiency, own)
-        d.compute = op.flops[dtype] * padding / rate * stretch
+        rebuilt = op.shape.get("rebuild", 0.0)
+        d.compute = ((op.flops[dtype] - rebuilt) * padding + rebuilt) / rate * stretch
     partial = np.where(splits > 1, groups * rows * splits * s["v_dim"] * 4 * 2, 0.0)
     again = np.where(absorbed & (tile < _BLOCK), np.ceil(rows / tile) - 1, 0.0) * stored_bytes(op)
     d.cache = d.cache + (partial + again) / (m.bandwidth * m.bandwidth_efficiency * law["cache_ratio"])
     loaded = np.maximum(tile, _BLOCK) * (s["head_dim"] + s["v_dim"]) / _BLOCK_ELEMENTS
+    d.vector = d.vector + unpacking(op, m)
     d.latency = d.latency + np.where(absorbed & (most == 1), 0.0, law["attention_latency"])
     d.latency = d.latency + _BLOCK_STARTS * law["attention_item_start"] * loaded * np.maximum(full, 1.0)
     return d

@@ -28,9 +28,9 @@ def host_copy_seconds(m: Machine, size: Num) -> Num:
 
 @dataclass(frozen=True)
 class Drives:
-    """Equal drives read or written in parallel: count, and bytes/s and operations/s of one."""
+    """Equal drives read or written in parallel: count (or a share of them), and bytes/s and operations/s of one."""
 
-    count: int
+    count: float
     rate: float
     operations: float
     latency: float
@@ -48,7 +48,7 @@ class Drives:
         return np.maximum(np.maximum(transfer, seek), np.maximum(host, waiting))
 
 
-def drives(device: Device, count: int, *, write: bool) -> Drives:
+def drives(device: Device, count: float, *, write: bool) -> Drives:
     """`count` equal drives, read or written by their host. Raises SpecError for what is no drive."""
     spec = device.storage
     if spec is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from perfmodel import graph, roofline
+from perfmodel.engines.flags import flags
+from perfmodel.errors import did_you_mean
 from perfmodel.lint.finding import Finding, Severity
 from perfmodel.lint.server import Server
 from perfmodel.spec.formats import get_format
@@ -58,7 +60,12 @@ def _device_formats(s: Server) -> Iterator[Finding]:
     if wanted in ("fp8", "fp8_block") and "fp8" not in matrix:
         message = f"{s.device.name} ({s.device.architecture}) has no FP8 units: weights shrink, arithmetic stays at 16 bits"
         yield Finding("warning", "format-not-native", message, s.settings.word("quantization"))
-    kv = s.supports.kv_formats.get(str(s.get("kv_dtype")))
+    asked, word = s.get("kv_dtype"), s.settings.word("kv_dtype")
+    known = {*s.supports.kv_formats, *(c for f in flags(s.name).flags.values() if f.sets == "kv_dtype" for c in f.choices)}
+    if asked is not None and str(asked) not in known:
+        hint = did_you_mean(str(asked), known) or f"; there are {', '.join(sorted(known))}"
+        yield Finding("error", "unknown-kv-format", f"no cache format is called {asked}{hint}", word, fix=(("kv_dtype", None),))
+    kv = s.supports.kv_formats.get(str(asked))
     if kv == "fp8" and "fp8" not in matrix and s.device.vendor == "nvidia":
         message = (
             f"{s.device.name} ({s.device.architecture}) has no FP8 units: attention kernels expand or refuse an 8-bit cache, "

@@ -79,7 +79,8 @@ def _fraction(s: Server) -> Iterator[Finding]:
         return
     word = s.settings.word("memory_fraction")
     if not 0 < given <= 1:
-        yield Finding("error", "bad-fraction", f"{given:g} is no share of memory: it lies between 0 and 1", word)
+        message = f"{given:g} is no share of memory: it lies between 0 and 1"
+        yield Finding("error", "bad-fraction", message, word, fix=(("memory_fraction", None),))
         return
     usable = s.engine.memory_fraction
     if given > _HIGH:

@@ -190,8 +190,9 @@ class Server:
 
     @cached_property
     def fraction(self) -> float:
+        """The command's; the engine's own where it says none or no share (`memory_rules` reports that)."""
         given = self.get("memory_fraction")
-        if isinstance(given, float):
+        if isinstance(given, float) and 0 < given <= 1:
             return given
         spec = flags(self.name)
         documented = next((default(f, self.version) for f in spec.flags.values() if f.sets == "memory_fraction"), None)

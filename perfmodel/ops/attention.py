@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from perfmodel.ops.cached import cache_site, cached_attention, edited
 from perfmodel.ops.collective import collective
 from perfmodel.ops.elementwise import pointwise, store
 from perfmodel.ops.gemm import linear
@@ -60,8 +61,10 @@ def attention(a: Attention, s: Shard) -> list[Op]:
     # KV heads replicate when tp exceeds them.
     kv_heads = maximum(a.kv_heads / s.par.tp, 1)
     dtype, stored = f.compute("attention"), f.stored("attention")
-    qkv = [weights["q_proj"]]
-    q_rows = weights["q_proj"].rows / s.par.tp
+    factored = "q_a_proj" in weights
+    # The factor that all heads share is small and replicated on every tensor-parallel rank.
+    qkv = [weights["q_a_proj" if factored else "q_proj"]]
+    q_rows = qkv[0].rows if factored else qkv[0].rows / s.par.tp
     kv_rows: Num = 0
     if not a.shares_kv:
         qkv += [weights["k_proj"], weights["v_proj"]]
@@ -69,6 +72,8 @@ def attention(a: Attention, s: Shard) -> list[Op]:
     # Fused projection: q is cut by tp, k and v by the KV heads that remain.
     fused = qkv[0]._replace(rows=q_rows + kv_rows)
     ops = linear("qkv_proj", s.tokens, [fused], 1, "column", weight=stored, act=f.act, dtype=dtype)
+    if factored:
+        ops += linear("q_b_proj", s.tokens, [weights["q_b_proj"]], s.par.tp, "column", weight=stored, act=f.act, dtype=dtype)
     rotated = s.tokens * heads * a.head_dim
     if not a.shares_kv:
         ops.append(store("rope_and_cache", "kv", s.tokens * kv_rows, f.act.width, f.kv.width, extra=rotated))
@@ -94,9 +99,25 @@ def _contextual(a: Attention, s: Shard, group: Group, i: int, heads: Num, kv_hea
         kv_elements=2 * kv_heads * a.head_dim, kv_width=f.kv.width, act_width=f.act.width,
         dtype=str(multiplied.matrix), window=a.window, causal=s.causal,
     )  # fmt: skip
+    if f.techniques:
+        site = replace(cache_site(a, s.block, s.hidden, s.layers, s.par, f), new=0 if group.decode else group.q)
+        cached = op.shape["kv_len"] if group.decode else op.shape["kv_len"] - group.q
+        kept = edited(f, site, cached, owned=not a.shares_kv)
+        return _divided(cached_attention(op, group, kept, site, suffix), s, group, a, heads, suffix)
     if is_one(s.par.cp):
         return [op]
     return context_parallel(op, s, group, 2 * kv_heads * a.head_dim, heads * (a.head_dim + 1), suffix)
+
+
+def _divided(ops: list[Op], s: Shard, group: Group, a: Attention, heads: Num, suffix: str) -> list[Op]:
+    """The kernel on the device cut by context parallelism, like a plain cache."""
+    if is_one(s.par.cp):
+        return ops
+    kv = 2 * maximum(a.kv_heads / s.par.tp, 1) * a.head_dim
+    return [
+        x for op in ops
+        for x in (context_parallel(op, s, group, kv, heads * (a.head_dim + 1), suffix) if op.kind == "attention" else [op])
+    ]  # fmt: skip
 
 
 def context_parallel(op: Op, s: Shard, group: Group, kv_elements: Num, partial: Num, suffix: str) -> list[Op]:
@@ -108,7 +129,8 @@ def context_parallel(op: Op, s: Shard, group: Group, kv_elements: Num, partial: 
     """
     cp = s.par.cp
     flops = {unit: count / cp for unit, count in op.flops.items()}
-    shape = {**op.shape, "pairs": op.shape["pairs"] / cp}
+    cut = ("pairs", "unpack", "rebuild")
+    shape = {**op.shape, **{key: op.shape[key] / cp for key in cut if key in op.shape}}
     divided = "kv" if group.decode else "activations"
     traffic = tuple(replace(t, elements=t.elements / cp) if t.tensor == divided else t for t in op.traffic)
     if group.decode:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from perfmodel.spec.formats import Format
+from perfmodel.spec.formats import Format, get_format
+from perfmodel.spec.model import Model
 from perfmodel.symbols import Num, maximum, minimum
 
 
@@ -36,6 +38,22 @@ class Parallelism:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """Cached tokens of each sequence that a farther tier holds and that a pass fetches, layer by layer."""
+
+    tokens: Num
+    tier: str
+    ratio: Num = 1.0
+    """Bytes on the way over bytes as the device stores them."""
+    page: Num = 0.0
+    """Bytes of one contiguous piece; 0: a layer at once."""
+    ahead: bool = True
+    """The next layer's are fetched while this one computes; else every layer waits for its own."""
+    codec: str = ""
+    """Part of the machine that decodes what arrives."""
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """n sequences that each bring q new tokens on top of c cached ones.
 
@@ -47,6 +65,7 @@ class Group:
     q: Num
     c: Num
     decode: bool = False
+    loads: tuple[Load, ...] = ()
 
     @property
     def tokens(self) -> Num:
@@ -89,6 +108,8 @@ class Formats:
     """Activations are cast to the weight format before each linear (W8A8, W4A4)."""
     state_width: Num = 4
     """Recurrent state is kept in FP32 by all engines we know."""
+    techniques: tuple[Any, ...] = ()
+    """What edits how tensors are stored, read and placed (perfmodel.techniques), in order."""
 
     def stored(self, part: str) -> Format:
         """Storage format of a part of the model."""
@@ -105,6 +126,16 @@ class Formats:
         return str(self.act.matrix)
 
 
+def checkpoint_formats(model: Model) -> Formats:
+    """Formats as the checkpoint stores them, whatever the machine; keys and values in 16 bits unless the model says."""
+    stored = get_format(model.dtype)
+    expert = get_format(model.expert_dtype or model.dtype)
+    act = stored if stored.width >= 2 else get_format("bf16")
+    cache = get_format(model.kv_dtype or ("bf16" if act.width > 2 else act.name))
+    quantised = stored.width < act.width or expert.width < act.width
+    return Formats(stored, expert, act, cache, model.unquantized if quantised else ())
+
+
 @dataclass(frozen=True, slots=True)
 class Shard:
     """One device's view of a forward pass."""
@@ -115,6 +146,11 @@ class Shard:
     par: Parallelism
     formats: Formats
     causal: bool = True
+    block: str = ""
+    """Kind of layer the operators belong to, and how many layers of it are alike."""
+    layers: Num = 1
+    model: Any = None
+    """The model whole, for techniques that edit a pass rather than a layer."""
     absorbed: bool = False
     """Latent attention multiplies the up-projections into queries and outputs instead of expanding the cache."""
 

@@ -16,10 +16,13 @@ OpKind = Literal[
     "attention",
     "latent_attention",
     "elementwise",
+    "selection",
     "scan",
     "gather",
     "collective",
     "p2p",
+    "copy",
+    "elsewhere",
 ]
 
 
@@ -73,10 +76,23 @@ class Op:
     """The mixture of experts (spec.model.Moe) whose routing decides how many nodes an all-to-all reaches."""
     contextual: bool = False
     """Depends on the cached context, not only on the new tokens."""
+    on: str = ""
+    """Another part of the machine that runs it (``cpu``, ``csd``, ``pim``); empty: the device."""
+    aside: bool = False
+    """Runs beside the other operators of its layer: a prefetch, or work elsewhere for other requests."""
+    after: str = ""
+    """Where it runs aside: the operator whose end it waits for (a fetch that the router decides); empty: none."""
 
     def bytes(self, path: str = "hbm", tensor: TensorKind | None = None) -> Num:
         """Total bytes over one path, of one tensor kind or all."""
         return sum((t.bytes for t in self.traffic if t.path == path and tensor in (None, t.tensor)), start=0)
+
+
+def copied_over(op: Op) -> str:
+    """The resource that a copy between the device and a farther memory keeps busy: links have lanes in each direction."""
+    moved = next((t for t in op.traffic if t.path != "hbm"), op.traffic[0])
+    resource = {"host": "host_link", "remote": "network"}.get(moved.path, moved.path)
+    return f"{resource}_out" if moved.path in ("host", "remote") and moved.direction == "write" else resource
 
 
 def read(tensor: TensorKind, elements: Num, width: Num) -> Traffic:

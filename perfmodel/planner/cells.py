@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from perfmodel.errors import SpecError
-from perfmodel.planner.columns import Column
+from perfmodel.planner.case import WHOLE_LOAD
+from perfmodel.planner.columns import Column, plain
 from perfmodel.planner.confidence import slowness
 from perfmodel.planner.evaluated import Running
 from perfmodel.planner.offer import Offer
@@ -19,7 +20,8 @@ from perfmodel.planner.pools import Pool, pools
 from perfmodel.planner.program import Question
 from perfmodel.planner.service import Service, startup_seconds, stricter, strictest_percentile
 from perfmodel.planner.verify import broken, replay
-from perfmodel.serving.workload import buckets, build, read_trace
+from perfmodel.serving.images import build
+from perfmodel.serving.workload import buckets, read_trace
 from perfmodel.spec.choices import Choices
 from perfmodel.spec.plan import PlanFile
 
@@ -85,23 +87,25 @@ def fleet_of(
     if levels is None:
         levels = [Level(max((m for _, m in profile), default=1.0), 1.0)]
     fleet = Fleet(spec, offers, [], levels, load, base, built, choices, profile, {})
+    near: dict[str, dict[Any, float]] = built.setdefault("hints", {})
 
     def enumerate_at(period: int, multiple: float) -> list[Service]:
         found = []
         for served in spec.served:
             memory = built.setdefault(_cache_key(served.name, choices), {})
-            workload = build(served.workload, base, load * multiple, spec.seed)
+            workload = build(served.workload, base, load * multiple, spec.seed, served.model)
             groups = buckets(workload, choices.buckets, choices.seen)
             service = Service(
                 served.name, served.model, workload, groups, served.workload.objectives, choices, offers, memory,
-                spec.startup, fleet.slower.get(served.name, {}), period=period,
+                spec.startup, fleet.slower.get(served.name, {}), period=period, hints=near.setdefault(served.name, {}),
             )  # fmt: skip
+            near[served.name].update({k: c.state.rate for k, c in service.columns.items() if c.limited_by != WHOLE_LOAD})
             found.append(service)
         return found
 
     if spec.confidence > 0.5:
         for served in spec.served:
-            workload = build(served.workload, base, load, spec.seed)
+            workload = build(served.workload, base, load, spec.seed, served.model)
             memory = built.setdefault(_cache_key(served.name, choices), {})
             fleet.slower[served.name] = slowness(served.model, offers, choices, workload, memory, spec.confidence)
     fleet.services = enumerate_at(0, levels[0].multiple)
@@ -129,7 +133,7 @@ def _profile(spec: PlanFile, base: Path, load: float) -> list[tuple[float, float
     if first.trace is None:
         raise SpecError("profile: window needs a trace; write `hours: [[hours, multiple], …]`", path="profile")
     arrival = read_trace(first.trace, base).arrival
-    planned = build(first, base, load, spec.seed).rate / load
+    planned = build(first, base, load, spec.seed, spec.served[0].model).rate / load
     return profile_of(spec.profile, np.asarray(arrival, float), planned)
 
 
@@ -152,7 +156,7 @@ def _gentler(c: Column) -> list[Column]:
     result = []
     now = c.instance.state(c.state.rate, c.mix)
     for share in OPERATING_SHARES:
-        s = c.instance.state(c.state.rate * share, c.mix)
+        s = plain(c.instance.state(c.state.rate * share, c.mix))
         if s.feasible:
             faster = s.step / now.step if c.layout.role != "prefill" and now.step > 0 else 1.0
             room = share * faster
@@ -176,7 +180,7 @@ def check(
     for demand, service in zip(question.demands, fleet.services, strict=True):
         columns = list(demand.columns)
         chosen: list[Pool] = []
-        for offer in fleet.offers:
+        for offer in question.offers:
             # Instances of one layout share a router only on one offer: spot and steady ones promise different capacity.
             mine: dict[str, float] = {}
             for j, c in enumerate(columns):

@@ -1,8 +1,8 @@
 """The price of certainty: what a plan costs at the expected times, how sure it is, and whether a mix of devices is surer.
 
 All times on a device and its stack share one error, exp(sigma z) with z standard normal; errors of different devices are
-independent. A fleet holds in a scenario if its instances, each at the operating point that its device's error leaves, still serve
-the load when it is routed anew.
+independent, and the same in every period of a day. A fleet holds in a scenario if its instances, each at the operating point that
+its device's error leaves, still serve the load of every period when it is routed anew.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _NEAR = 0.05
 def certainty(fleet: Fleet, best: Optimum) -> dict[str, Any]:
     """The plan against the one for the expected times; its joint confidence; and the cheapest hedged fleet of the same."""
     c = fleet.spec.confidence
-    if c <= 0.5 or len(fleet.levels) > 1:
+    if c <= 0.5:
         return {}
     judge = Judge(fleet)
     value = abs(best.solution.objective)
@@ -80,7 +80,7 @@ def _spread(p: Program) -> None:
     """For every demand and device: sum over its first-token entries of y[i,k] <= share x load (of decode entries likewise)."""
     for g in p.groups:
         total = sum(p.question.demands[g].rates)
-        for roles in (("colocated", "prefill"), ("decode",)):
+        for roles in (("colocated", "prefill"), ("decode",), ("encode",)):
             by_device: dict[str, list[pulp.LpVariable]] = {}
             for i, c in p.of(g):
                 if c.layout.role in roles:
@@ -116,7 +116,10 @@ class Judge:
     def __init__(self, fleet: Fleet) -> None:
         self.fleet = fleet
         self.devices = list(dict.fromkeys(o.machine.device.name for o in fleet.offers))
-        self._columns: dict[tuple[str, int, Choices], dict[Any, Column]] = {}
+        self._columns: dict[tuple[str, int, int, Choices], dict[Any, Column]] = {}
+        # The band that the plan was made for is a point of its own: its columns exist there, whatever they do beyond.
+        asked = NormalDist().inv_cdf(fleet.spec.confidence)
+        self.grid = tuple(sorted({*_GRID, round(asked, 6)}))
         self._sigma: dict[str, dict[str, float]] = {}
         for s in fleet.services:
             self._sigma[s.name] = sigmas(s.model, fleet.offers, fleet.choices, s.workload, s.built)
@@ -128,11 +131,11 @@ class Judge:
         devices = list(dict.fromkeys(q.entries[i].column.offer.machine.device.name for i in used))
         theta = plan.values.get("theta", 1.0) * (1 - 1e-4)
         if len(devices) == 1:
-            low, high = _GRID[0], _GRID[-1]
+            low, high = self.grid[0], self.grid[-1]
             for _ in range(12):
                 middle = (low + high) / 2
                 low, high = (middle, high) if self._multiple(q, plan, used, {devices[0]: middle}) >= theta else (low, middle)
-            return NormalDist().cdf(high) if high < _GRID[-1] - 1e-3 else NormalDist().cdf(_GRID[-1])
+            return NormalDist().cdf(high) if high < self.grid[-1] - 1e-3 else NormalDist().cdf(self.grid[-1])
         z = np.random.default_rng(self.fleet.spec.seed).standard_normal((SCENARIOS // 2, len(devices)))
         held = [
             self._multiple(q, plan, used, dict(zip(devices, row, strict=True))) >= theta for row in np.concatenate([z, -z])
@@ -140,23 +143,26 @@ class Judge:
         return float(np.mean(held))
 
     def _multiple(self, q: Question, plan: Optimum, used: Sequence[int], z: dict[str, float]) -> float:
-        """Smallest multiple of its load that any service can serve at these errors."""
+        """Smallest multiple of its load that any service can serve in any period at these errors."""
         worst = math.inf
+        theta = plan.values.get("theta", 1.0) * (1 - 1e-4)
         for g, demand in enumerate(q.demands):
-            service = next(s for s in self.fleet.services if s.name == demand.service)
+            service = next(s for s in self.fleet.services if (s.name, s.period) == (demand.service, demand.period))
             mine = [i for i in used if q.entries[i].group == g]
             narrow = made_of(service.choices, [q.entries[i].column for i in mine]) if mine else service.choices
             columns = [self._column(service, narrow, q.entries[i].column, z) for i in mine]
             asked = Question(q.offers, (replace(demand, columns=tuple(columns)),), q.objective)
             counts = {j: float(round(plan.values[f"n_{i}"])) for j, i in enumerate(mine)}
             worst = min(worst, largest_multiple(asked, 0, counts))
+            if worst < theta:
+                break  # this scenario is lost
         return worst
 
     def _column(self, service: Service, narrow: Choices, c: Column, z: dict[str, float]) -> Column:
         """A column at an error between two of the grid: shares of an instance per request are interpolated."""
-        at = float(np.clip(z[c.offer.machine.device.name], _GRID[0], _GRID[-1]))
-        j = min(int(np.searchsorted(_GRID, at, side="right")) - 1, len(_GRID) - 2)
-        weight = (at - _GRID[j]) / (_GRID[j + 1] - _GRID[j])
+        at = float(np.clip(z[c.offer.machine.device.name], self.grid[0], self.grid[-1]))
+        j = min(int(np.searchsorted(self.grid, at, side="right")) - 1, len(self.grid) - 2)
+        weight = (at - self.grid[j]) / (self.grid[j + 1] - self.grid[j])
         low, high = (_shares(self._at(service, narrow, n).get(_key(c))) for n in (j, j + 1))
         if low is None or high is None:
             # Beyond the error at which the layout meets its limits at all it serves nothing.
@@ -165,9 +171,9 @@ class Judge:
         return _unit(c, {name: low[name] * (1 - weight) + high[name] * weight for name in low})
 
     def _at(self, service: Service, narrow: Choices, n: int) -> dict[Any, Column]:
-        key = (service.name, n, narrow)
+        key = (service.name, service.period, n, narrow)
         if key not in self._columns:
-            slower = {label: math.exp(s * _GRID[n]) for label, s in self._sigma[service.name].items()}
+            slower = {label: math.exp(s * self.grid[n]) for label, s in self._sigma[service.name].items()}
             other = replace(service, slower=slower, found={}, choices=narrow)
             self._columns[key] = {_key(c): c for c in other.select(by_layout=True)}
         return self._columns[key]
@@ -187,5 +193,5 @@ def _unit(c: Column, shares: dict[str, np.ndarray]) -> Column:
     zero = np.zeros(c.prefill_s.shape)
     return replace(
         c, state=replace(c.state, utilisation=1.0, batch=1.0), kv_limit=1.0, prefill_s=shares.get("prefill", zero),
-        decode_s=shares.get("decode", zero), kv_token_s=shares["cache"],
+        decode_s=shares.get("decode", zero), kv_token_s=shares.get("cache", zero),
     )  # fmt: skip

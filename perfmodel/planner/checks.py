@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from perfmodel import calibration
 from perfmodel.errors import SpecError, did_you_mean
 from perfmodel.planner.offer import Offer
+from perfmodel.planner.quality import allowed_name
 from perfmodel.spec.formats import get_format
 from perfmodel.spec.plan import PlanFile
 from perfmodel.spec.yaml import Document
+from perfmodel.techniques.registry import techniques
 
 
 def check_plan(spec: PlanFile, document: Document) -> None:
@@ -18,7 +21,7 @@ def check_plan(spec: PlanFile, document: Document) -> None:
     def refuse(why: str, *path: str | int) -> None:
         raise SpecError(why, file=document.file, line=document.line(path), path=".".join(map(str, path)))
 
-    def known(find: Callable[[str], object], name: str, *path: str | int) -> None:
+    def known(find: Callable[[Any], object], name: Any, *path: str | int) -> None:
         try:
             find(name)
         except SpecError as error:
@@ -28,10 +31,13 @@ def check_plan(spec: PlanFile, document: Document) -> None:
     known(calibration.engine, c.engine, "choices", "engine")
     if c.kv_dtype not in (None, "auto"):
         known(get_format, str(c.kv_dtype), "choices", "kv_dtype")
-    for key in ("weight_dtype", "allow"):
-        for i, name in enumerate(getattr(c, key)):
-            if name != "checkpoint":
-                known(get_format, name, "choices", key, i)
+    for i, name in enumerate(c.weight_dtype):
+        if name != "checkpoint":
+            known(get_format, name, "choices", "weight_dtype", i)
+    for i, name in enumerate(c.allow):
+        known(allowed_name, name, "choices", "allow", i)
+    for i, several in enumerate(c.techniques):
+        known(techniques, (several,) if isinstance(several, str) else several, "choices", "techniques", i)
     for i, item in enumerate(spec.fleet):
         if item.region and item.region not in spec.regions:
             hint = did_you_mean(item.region, spec.regions) or f"; regions: {', '.join(spec.regions) or 'none'}"

@@ -18,6 +18,7 @@ def deployment(cell: Running, choices: Choices) -> dict[str, Any]:
     whole = Deployment(
         model=cell.service.model, engine=choices.engine, pools=pools, routing=choices.dealt,
         prefix_caching=choices.prefix_caching, mem_fraction=choices.mem_fraction,
+        image=cell.service.workload.image,
     )  # fmt: skip
     return whole.model_dump(mode="json")
 
@@ -35,7 +36,10 @@ def _pool(x: Pool, cell: Running, choices: Choices) -> PoolSpec:
     return PoolSpec(
         role=layout.role, hardware=x.column.offer.node.name, replicas=x.replicas, tp=layout.tp, pp=layout.pp, ep=layout.ep,
         dp=layout.dp, cp=layout.cp, weight_dtype=None if layout.weight_dtype == "checkpoint" else layout.weight_dtype,
-        kv_dtype=choices.kv_dtype, policy=layout.policy, chunk=layout.chunk, prefill_share=layout.prefill_share or 0.5,
+        kv_dtype=choices.kv_dtype, techniques=layout.techniques, policy=layout.policy, chunk=layout.chunk,
+        prefill_share=layout.prefill_share or 0.5,
+        encodes=not layout.fed if cell.service.workload.image and layout.role in ("colocated", "prefill") else None,
+        encode_share=layout.encode_share,
         input_tokens=(min(buckets[k].low for k in served), max(buckets[k].high for k in served)),
         routes=tuple(Route(input_tokens=ends, share=rate) for ends, rate in ranges.items()),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from perfmodel.planner.columns import Column, Rejected
 from perfmodel.planner.constraints.uptime import enough
 from perfmodel.planner.deploy import deployment
 from perfmodel.planner.evaluated import Running, Served
-from perfmodel.planner.explain import Alternative
+from perfmodel.planner.explain import Alternative, proven
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.pools import Pool, promised
 from perfmodel.planner.program import UNITS, nodes_bought
@@ -41,10 +41,10 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
         "status": p.solution.status,
         "bound": abs(p.solution.bound),
         "gap": p.solution.gap,
-        "optimal_over": (
-            f"{len(p.columns)} columns kept of {sum(len(c.service.columns) for c in p.cells)} from "
-            f"{sum(len(c.service.layouts) for c in p.cells)} layouts, and the model's own times"
-        ),
+        "optimal_over": _scope(p),
+        "heuristic": p.heuristic,
+        "fewer_buckets": _fewer_buckets(p),
+        "replayed_all": p.replay_all,
         "confidence": spec.confidence,
         "cost_usd_per_hour": hourly,
         "usd_per_million_output_tokens": _per_million(p, hourly) if hourly is not None else None,
@@ -76,9 +76,31 @@ def data(spec: PlanFile, p: Plan) -> dict[str, Any]:
     if len(p.fleet.levels) > 1:
         found["periods"] = _periods(p)
         found["lag_s"] = p.fleet.lag
+    elif p.fleet.profile:
+        found["fixed_fleet"] = {"highest_multiple": p.fleet.levels[0].multiple, "mean_over_highest": mean_load(p)}
     if spec.resilience is not None and spec.resilience.availability is not None:
         found["uptime"] = _uptime(p)
     return found
+
+
+def _scope(p: Plan) -> str:
+    """What the plan is optimal over: columns that others do not dominate, of all that were enumerated for each offer."""
+    kept = {(e.group, e.column.offer.label, e.column.key) for e in p.question.entries}
+    every = sum(len(c.service.found[c.service.home(o).label].columns) for c in p.cells for o in p.offers)
+    points = f" at {len(p.question.entries)} operating points" if len(p.question.entries) > len(kept) else ""
+    layouts = sum(len(c.service.layouts) for c in p.cells)
+    return f"{len(kept)} columns kept of {every} from {layouts} layouts{points}, and the model's own times"
+
+
+def _fewer_buckets(p: Plan) -> str:
+    """Why the plan tells fewer lengths apart than was asked for; empty where it does not."""
+    count = len(p.buckets)
+    if p.fleet.choices.buckets >= p.asked_buckets:
+        return ""
+    return (
+        f"{p.asked_buckets} ranges of lengths were asked for; telling {count} apart is cheaper once replay has lowered what "
+        "columns carry: parted requests come in bursts of their own"
+    )
 
 
 def service(cell: Running) -> dict[str, Any]:
@@ -224,6 +246,7 @@ def lossy_in_use(p: Plan) -> list[str]:
             name = x.column.layout.weight_dtype
             if quality.weights(name, model) == "lossy":
                 found.append(f"{name} weights of {model.name}")
+            found += [f"{t} on {model.name}" for t in x.column.layout.techniques if quality.technique(t) == "lossy"]
         kv = p.fleet.choices.kv_dtype
         if kv not in (None, "auto") and quality.cache(kv, model) == "lossy":
             found.append(f"KV cache in {kv} of {model.name}")
@@ -238,8 +261,16 @@ def _per_million(p: Plan, hourly: float) -> float:
     tokens = sum(
         p.question.shares[c.service.period] * c.service.workload.rate * 3600 * b.share * float(b.output.mean())
         for c in p.cells for b in c.service.buckets
-    )  # fmt: skip
+    ) * mean_load(p)  # fmt: skip
     return hourly / (tokens * p.values.get("theta", 1.0)) * 1e6
+
+
+def mean_load(p: Plan) -> float:
+    """Mean load of the day over the highest, where a fixed fleet stands all day; 1 where every period was planned for itself."""
+    if len(p.fleet.levels) > 1 or not p.fleet.profile:
+        return 1.0
+    seconds = sum(s for s, _ in p.fleet.profile)
+    return sum(s * m for s, m in p.fleet.profile) / seconds / p.fleet.levels[0].multiple
 
 
 def power(p: Plan) -> float | None:
@@ -268,8 +299,8 @@ def _pool(x: Pool) -> dict[str, Any]:
     c, s = x.column, x.state
     return {
         "role": c.layout.role, "hardware": c.layout.node, "offer": c.offer.label, "device": c.offer.machine.device.name,
-        "tp": c.layout.tp, "pp": c.layout.pp, "ep": c.layout.ep, "dp": 1, "replicas": x.replicas, "devices": x.devices,
-        "weight_dtype": _formats(c), "kv_dtype": c.estimator.formats.kv.name,
+        "tp": c.layout.tp, "pp": c.layout.pp, "ep": c.layout.ep, "dp": c.layout.dp, "replicas": x.replicas, "devices": x.devices,
+        "techniques": list(c.layout.techniques), "weight_dtype": _formats(c), "kv_dtype": c.estimator.formats.kv.name,
         "batch": s.batch, "step_s": s.step, "prefill_utilisation": s.utilisation, "kv_share": s.kv_share,
         "requests_per_s": x.rate, "requests_per_s_by_bucket": x.rates.tolist(), "requests_per_s_per_replica": x.rate / x.replicas,
         "highest_rate_per_replica": c.state.rate, "limited_by": c.limited_by,
@@ -287,8 +318,11 @@ def _formats(c: Column) -> str:
 def _other(a: Alternative) -> dict[str, Any]:
     """An alternative with its price, or why it has none."""
     found: dict[str, Any] = {"name": a.name, "reason": a.reason, "objective": None, "nodes": list(a.nodes), "pools": []}
+    if a.confirmed is not None:
+        found["replayed"] = a.confirmed.data
     if a.solution is not None:
         found["objective"] = abs(a.solution.objective)
+        found |= {"bound": abs(a.solution.bound), "gap": a.solution.gap, "proven": proven(a.solution)}
         for i, c in enumerate(a.columns):
             count = round(a.solution.values.get(f"n_{i}", 0.0))
             if count and any(a.solution.values.get(f"y_{i}_{k}", 0.0) > 1e-9 for k in c.buckets):

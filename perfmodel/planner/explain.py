@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+import heapq
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
-
-import pulp
 
 from perfmodel.planner import constraints
 from perfmodel.planner.cells import Cell, Fleet, ask
 from perfmodel.planner.columns import Column, unserved
-from perfmodel.planner.constraints.capacity import rooms
-from perfmodel.planner.constraints.nodes import most_instances
+from perfmodel.planner.confirm import Confirmed, confirm
+from perfmodel.planner.constraints.capacity import rooms, row_title
 from perfmodel.planner.infeasible import nearest_change
 from perfmodel.planner.layout import Layout
-from perfmodel.planner.optimum import Optimum, optimise, relaxation
+from perfmodel.planner.optimum import Optimum, optimise
 from perfmodel.planner.pools import Pool
 from perfmodel.planner.program import UNITS, Program, Question, nodes_bought
 from perfmodel.planner.service import Service
@@ -24,9 +23,10 @@ from perfmodel.planner.solver import Solution, solve
 _TIGHT = 0.01
 _ROUGH = 5e-3
 """Gap to which alternatives are solved."""
-_SECONDS = 4.0
+_SECONDS = 3.0
 RUNNERS_UP = 3
-_NAMES = {"prefill": "prefill time", "decode": "decode batch", "cache": "cached tokens"}
+_MOST_OPENED = 24
+"""Programs after which the search for runners-up ends."""
 
 
 def binding(question: Question, best: Optimum, values: dict[str, float], cells: list[Cell]) -> list[dict[str, Any]]:
@@ -86,7 +86,7 @@ def _pool_rows(pool: Pool) -> list[dict[str, Any]]:
     c, n = pool.column, pool.replicas
     served = [k for k in c.buckets if pool.rates[k] > 0]
     used = {
-        _NAMES[name]: sum(pool.rates[k] * need[k] for k in served) / (room * n) for name, need, room in rooms(c) if room > 0
+        row_title(c, name): sum(pool.rates[k] * need[k] for k in served) / (room * n) for name, need, room in rooms(c) if room > 0
     }  # fmt: skip
     used = {name: u for name, u in used.items() if u > 0}
     rows = []
@@ -115,6 +115,10 @@ class Alternative:
     columns: list[Column]
     reason: str
     nodes: tuple[str, ...] = ()
+    question: Question | None = None
+    """What it solves; None where it cannot serve."""
+    confirmed: Confirmed | None = None
+    """What replay says of it; None where it was not replayed."""
 
 
 def alternatives(fleet: Fleet, question: Question, best: Optimum, cells: list[Cell]) -> list[Alternative]:
@@ -127,9 +131,13 @@ def alternatives(fleet: Fleet, question: Question, best: Optimum, cells: list[Ce
     if roles > {"colocated"}:
         options.append(("only colocated", lambda x: x.role == "colocated"))
         options.append(("only disaggregated", lambda x: x.role != "colocated"))
+    if "encode" in roles:
+        options.append(("without encode pools", lambda x: not x.encode_share))
     formats = sorted({x.weight_dtype for x in every})
     if len(formats) > 1:
         options += [(f"only {f} weights", lambda x, f=f: x.weight_dtype == f) for f in formats]  # type: ignore[misc]
+    if any(x.techniques for x in every):
+        options.append(("without techniques", lambda x: not x.techniques))
     pools = [p for c in cells for p in c.pools]
     nodes = {p.column.layout.node for p in pools}
     for node, tp in sorted({(x.node, x.tp) for x in every if x.node in nodes}):
@@ -160,7 +168,7 @@ def _alternative(
 
 
 def priced(name: str, asked: Question, found: Optimum, best: Optimum, *, same: bool = False) -> Alternative:
-    """An alternative with its price against the best."""
+    """An alternative with its price against the best, and how far from optimal it may be where that is not proven."""
     unit, rate = UNITS[asked.objective], asked.rate
     value, against = found.solution.objective, best.solution.objective
     extra = value - against
@@ -168,14 +176,34 @@ def priced(name: str, asked: Question, found: Optimum, best: Optimum, *, same: b
     bought = tuple(bought_text(asked, found.values))
     if extra <= max(1e-6, 1e-4 * abs(against)):
         what = "this is the chosen plan" if same else "as good, but for the devices it keeps busy"
-        return Alternative(name, found.solution, columns, f"{abs(value):,.2f} {unit}: {what}", bought)
+        return Alternative(name, found.solution, columns, f"{abs(value):,.2f} {unit}: {what}", bought, asked)
     limits = sorted({c.limited_by for i, c in enumerate(columns) if round(found.values.get(f"n_{i}", 0))})
     return Alternative(
         name, found.solution, columns,
         f"{abs(value):,.2f} {unit}, {(abs(value) - abs(against)) / max(abs(against), 1e-9):+.0%}: "
-        f"{abs(value) / rate:,.2f} {unit} per request/s against {abs(against) / rate:,.2f}; limited by {', '.join(limits)}",
-        bought,
+        f"{abs(value) / rate:,.2f} {unit} per request/s against {abs(against) / rate:,.2f}; limited by {', '.join(limits)}"
+        + unproven(found.solution, unit),
+        bought, asked,
     )  # fmt: skip
+
+
+def confirmed(a: Alternative, fleet: Fleet) -> Alternative:
+    """An alternative with what replay says of it."""
+    if a.solution is None or a.question is None:
+        return a
+    return replace(a, confirmed=confirm(fleet, a.question, a.solution.values))
+
+
+def proven(solution: Solution) -> bool:
+    """Whether an alternative is within the gap to which alternatives are solved."""
+    return solution.gap <= _ROUGH * 1.01
+
+
+def unproven(solution: Solution, unit: str) -> str:
+    """What to add to the price of a solution that the time limit cut short."""
+    if proven(solution):
+        return ""
+    return f"; not proven: its bound is {abs(solution.bound):,.2f} {unit}, gap {solution.gap:.1%}"
 
 
 def bought_text(question: Question, values: dict[str, float]) -> list[str]:
@@ -203,39 +231,64 @@ def _on_term(term: str, question: Question, best: Optimum) -> Alternative:
 
 
 def runners_up(fleet: Fleet, best: Optimum, cells: list[Cell]) -> list[Alternative]:
-    """The next best plans, each without at least one main layout of every plan before it (a tenth of its devices or more).
+    """The next best plans, the cheapest first, each without at least one main layout of every plan before it (a tenth of its
+    devices or more).
 
-    For a plan with main layouts S: sum over entries of layout l of n <= M x_l, sum over S of x_l <= |S| - 1, x_l in {0, 1}.
+    What comes after a plan with main layouts S leaves out one of S: each choice is a program of its own over fewer columns,
+    with a bound of its own, and the cheapest of all that are open is the next plan (Lawler, Management Science 18, 1972, p. 401).
     """
     asked = ask(fleet, by_layout=True)
-    relaxed = relaxation(asked)
-    result: list[Alternative] = []
     devices: dict[Layout, float] = {}
     for pool in (p for c in cells for p in c.pools):
         devices[pool.column.layout] = devices.get(pool.column.layout, 0.0) + pool.devices
     earlier = [_main(devices)]
-    for place in range(1, RUNNERS_UP + 1):
+    opened: set[frozenset[Layout]] = set()
+    waiting: list[tuple[float, int, frozenset[Layout], Question, Optimum]] = []
 
-        def leave_one_out(program: Program, earlier: list[set[Layout]] = earlier) -> None:
-            for j, used in enumerate(earlier):
-                marks = {x: program.problem.add_variable(f"x_{j}_{a}", 0, 1, program.integer) for a, x in enumerate(used)}
-                for i in program.keep:
-                    if (x := marks.get(program.entries[i].column.layout)) is not None:
-                        program.problem += program.n[i] <= 4 * most_instances(program, i) * x, f"used_{j}_{i}"
-                program.problem += pulp.lpSum(marks.values()) <= len(used) - 1, f"leave_{j}"
+    def leave_out_one(left: frozenset[Layout], mains: set[Layout]) -> None:
+        for layout in sorted(mains, key=lambda x: x.label):
+            if (banned := left | {layout}) not in opened:
+                opened.add(banned)
+                question = _without(asked, banned)
+                if any(unserved(list(d.columns), len(d.rates)) for d in question.demands):
+                    continue
+                found = optimise(question, gap=_ROUGH, time_limit=_SECONDS)
+                if found.solution.ok:
+                    heapq.heappush(waiting, (found.solution.objective, len(opened), banned, question, found))
 
-        found = optimise(asked, gap=_ROUGH, time_limit=_SECONDS, extra=leave_one_out, relaxed=relaxed)
-        if not found.solution.ok:
-            break
-        devices = {}
-        for i, e in enumerate(asked.entries):
-            used = round(found.values.get(f"n_{i}", 0.0)) * e.column.layout.devices
-            devices[e.column.layout] = devices.get(e.column.layout, 0.0) + used
-        earlier = [*earlier, _main(devices)]
-        shown = sorted(x.label for x in earlier[-1])
-        name = f"runner-up {place}: {', '.join(bought_text(asked, found.values))}, mainly {', '.join(shown)}"
-        result.append(priced(name, asked, found, best))
-    return result
+    leave_out_one(frozenset(), earlier[0])
+    listed: list[Alternative] = []
+    while waiting and len(listed) < RUNNERS_UP and len(opened) < _MOST_OPENED:
+        _, _, banned, question, found = heapq.heappop(waiting)
+        mains = _main(_devices(question, found))
+        if not any(before <= mains for before in earlier):
+            earlier.append(mains)
+            shown = ", ".join(sorted(x.label for x in mains))
+            name = f"{', '.join(bought_text(question, found.values))}, mainly {shown}"
+            listed.append(priced(name, question, found, best))
+        leave_out_one(banned, mains)
+    # Within the gap to which they are solved, one may be found before a cheaper one.
+    listed.sort(key=lambda a: a.solution.objective if a.solution else 0.0)
+    return [replace(a, name=f"runner-up {place}: {a.name}") for place, a in enumerate(listed, start=1)]
+
+
+def _without(question: Question, banned: Collection[Layout]) -> Question:
+    """The question over the columns of all other layouts."""
+    demands = []
+    for d in question.demands:
+        kept = [j for j, c in enumerate(d.columns) if c.layout not in banned]
+        latency = tuple(d.latency[j] for j in kept) if d.latency else ()
+        demands.append(replace(d, columns=tuple(d.columns[j] for j in kept), latency=latency))
+    return replace(question, demands=tuple(demands))
+
+
+def _devices(question: Question, found: Optimum) -> dict[Layout, float]:
+    """Busy devices of each layout."""
+    devices: dict[Layout, float] = {}
+    for i, e in enumerate(question.entries):
+        busy = round(found.values.get(f"n_{i}", 0.0)) * e.column.layout.devices
+        devices[e.column.layout] = devices.get(e.column.layout, 0.0) + busy
+    return devices
 
 
 def _main(devices: dict[Layout, float]) -> set[Layout]:

@@ -1,7 +1,8 @@
 """What a careful person would buy without a solver: the baseline that the integer program is compared with.
 
-Buckets are served from the longest prompts down. Each goes to the column (or prefill and decode pair) that costs least
-per request of it; room that its whole instances leave is filled with the next buckets the column serves.
+Buckets are served from the longest prompts down. Each goes to the column (or prefill and decode pair, with an encode column
+where they need one) that costs least per request of it; room that its whole instances leave is filled with the next buckets
+the column serves.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from perfmodel.planner.columns import Column
+from perfmodel.planner.columns import Column, carries_images
 from perfmodel.planner.constraints import footprint
 from perfmodel.planner.offer import Offer
 
@@ -92,4 +93,15 @@ def _ways(columns: list[Column], k: int) -> list[tuple[int, ...]]:
         (i, j) for i in able if columns[i].layout.role == "prefill"
         for j in able if columns[j].layout.role == "decode" and columns[j].offer is columns[i].offer
     ]  # fmt: skip
-    return alone + pairs
+    return [x for way in alone + pairs for x in _encoded(way, columns, able, k)]
+
+
+def _encoded(way: tuple[int, ...], columns: list[Column], able: list[int], k: int) -> list[tuple[int, ...]]:
+    """A way as it is, or with each encode column that its first one needs for the images of bucket k."""
+    first = columns[way[0]]
+    if not (first.layout.fed and carries_images(first, k)):
+        return [way]
+    mates = [
+        (c.layout.role, c.layout.encode_share, c.offer) == ("encode", first.layout.encode_share, first.offer) for c in columns
+    ]  # fmt: skip
+    return [(*way, j) for j in able if mates[j]]

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 from perfmodel import units
 from perfmodel.errors import Infeasible
+from perfmodel.planner.cells import Cell, Fleet
 from perfmodel.planner.columns import Rejected
+from perfmodel.planner.confirm import Shortfall, kept_rate
 from perfmodel.planner.optimum import optimise
 from perfmodel.planner.program import Program, Question
 from perfmodel.planner.service import Service
 from perfmodel.spec.workload import Limit
 
 _MARGIN = 1e-6
+_SHORT_OF = "GB"
+_MORE_MEMORY = "devices with more memory, a narrower weight format, or a larger tp or pp"
+_OTHER_DEGREES = "degrees that divide the model: left out of `choices`, all that do are tried"
 _SLACK = 1.05
 """Factor on a limit that would just be kept without any load."""
 
@@ -26,7 +33,7 @@ def no_column(found: Service) -> Infeasible:
         listed = "; ".join(f"{r.layout.label} {r.reason}" for r in kept.values())
         return Infeasible(
             f"no layout on the fleet list holds the model{of}: {listed}",
-            nearest="devices with more memory, a narrower weight format, or a larger tp or pp",
+            nearest=_MORE_MEMORY if any(_SHORT_OF in r.reason for r in kept.values()) else _OTHER_DEGREES,
             binding=("memory",),
         )
     nearest = _nearest(found, timed)
@@ -71,6 +78,38 @@ def _change(found: Service, metric: str, r: Rejected) -> str:
     slope = getattr(found.objectives, field)[share].per_token
     more = f" + {units.show(slope, 'time')}/token" if slope else ""
     return f"{_shown(metric)} of {(r.best * slower * _SLACK + far) * 1e3:,.0f} ms{more} ({r.layout.label})"
+
+
+def still_broken(
+    fleet: Fleet, broken: Sequence[tuple[list[Shortfall], list[Cell]]], rounds: Sequence[dict[str, Any]]
+) -> Infeasible:
+    """No round of plan and replay kept every promise: by how much the nearest one misses, and what it would keep.
+
+    broken: of every round its broken promises, the worst first, and its pools.
+    """
+    said = ", ".join(rounds[-1]["missed"])
+    timed = [(short, cells) for short, cells in broken if short]
+    if not timed:
+        return Infeasible(f"after {len(rounds)} rounds of plan and replay the closed forms still refuse {said}", binding=(said,))
+    short, cells = min(timed, key=lambda x: x[0][0].excess)
+    kept = kept_rate(cells, fleet)
+    rate = sum(c.service.workload.rate for c in cells if c.service.period == 0)
+    changes = [" and ".join(_kept(x) for x in short)]
+    if kept:
+        changes.append(f"a rate of {kept * rate:,.3g} requests/s ({kept:.0%} of the load), as the same pools keep in replay")
+    return Infeasible(
+        f"after {len(rounds)} rounds of plan and replay it still misses " + "; ".join(f"{x.text} ({x.layout})" for x in short),
+        nearest=", or ".join(changes),
+        binding=tuple(f"{x.metric}.{x.percentile}".rstrip(".") for x in short),
+    )
+
+
+def _kept(x: Shortfall) -> str:
+    """The limit that a replayed plan would have kept."""
+    if x.is_share:
+        return f"{x.name} for {math.floor(x.measured * 1000) / 10:.1f} % of the requests"
+    more = f" + {units.show(x.per_token, 'time')}/token" if x.per_token else ""
+    return f"{x.name} of {math.ceil(x.measured * _SLACK * 1e3):,} ms{more}"
 
 
 def nearest_change(question: Question) -> Infeasible:

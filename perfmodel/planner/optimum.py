@@ -24,6 +24,7 @@ from perfmodel.planner.solver import GAP, TIME_LIMIT_S, Solution, solve
 MASTER = 64
 """Columns of the first restricted master."""
 _SURVIVAL_ROUNDS = 40
+_ROUNDING = 1e-6
 
 Extra = Callable[[Program], None]
 """Adds rows of one's own to a program (an exclusion, a fixed count …)."""
@@ -63,6 +64,7 @@ def optimise(
         return Optimum(relaxed, program, relaxed)
     order = sorted(every, key=lambda i: (relaxed.reduced.get(f"n_{i}", 0.0), -relaxed.values.get(f"n_{i}", 0.0)))
     size = MASTER
+    begin = _rounded_up(relaxed)
     while True:
         keep = sorted(order[:size])
         outside = min((relaxed.reduced.get(f"n_{i}", 0.0) for i in order[size:]), default=math.inf)
@@ -70,7 +72,7 @@ def optimise(
         program = constraints.build(question, keep=keep, elastic=elastic)
         if extra:
             extra(program)
-        solution = _survive(program, gap=gap, time_limit=left)
+        solution = _survive(program, gap=gap, time_limit=left, begin=begin)
         beyond = relaxed.objective + outside
         bound = min(solution.bound, beyond) if solution.ok else beyond
         found = replace(
@@ -84,17 +86,26 @@ def optimise(
         # Only columns that could still take part: the rest cannot beat what was found.
         need = sum(relaxed.objective + relaxed.reduced.get(f"n_{i}", 0.0) <= solution.objective for i in order)
         size = min(max(2 * size, min(need, 4 * size)), len(order))
+        if solution.ok:
+            begin = {name: x for name, x in solution.values.items() if name[:2] in ("n_", "y_")}
+
+
+def _rounded_up(relaxed: Solution) -> dict[str, float]:
+    """A plan to begin with: the relaxation's flows, and as many whole instances as they need."""
+    flows = {name: x for name, x in relaxed.values.items() if name.startswith("y_")}
+    return flows | {name: math.ceil(x - _ROUNDING) for name, x in relaxed.values.items() if name.startswith("n_")}
 
 
 def _gap(objective: float, bound: float) -> float:
     return abs(objective - bound) / max(abs(objective), 1e-9) if math.isfinite(objective) else math.inf
 
 
-def _survive(program: Program, *, gap: float, time_limit: float) -> Solution:
+def _survive(program: Program, *, gap: float, time_limit: float, begin: dict[str, float] | None = None) -> Solution:
     """Solve, look for a failure that is not survived, add it, and solve again."""
     begun = time.perf_counter()
     for _ in range(_SURVIVAL_ROUNDS):
-        solution = solve(program.problem, gap=gap, time_limit=max(time_limit - (time.perf_counter() - begun), 1.0))
+        left = max(time_limit - (time.perf_counter() - begun), 1.0)
+        solution = solve(program.problem, gap=gap, time_limit=left, begin=begin)
         if not solution.ok:
             return solution
         fatal = failures(program, solution.values)

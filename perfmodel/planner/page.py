@@ -34,8 +34,12 @@ def _page(spec: PlanFile, p: Plan) -> str:
         f"         over {d['optimal_over']};",
         f"         {len(d['rounds'])} round(s) of plan and replay, {d['solver']['plan_seconds']:.1f} s",
     ]
+    lines += [f"         heuristic: {d['heuristic']}"] if d["heuristic"] else []
+    lines += [f"         {d['fewer_buckets']}"] if d["fewer_buckets"] else []
     lines += ["", "  Why", *(f"    {row['text']}" for row in d["binding"])]
-    lines += ["", "  Instead", *(f"    {a['name']}: {a['reason']}" for a in d["alternatives"])]
+    also = "" if d["replayed_all"] else "  (the plan was replayed, these and what-ifs were not: add --replay-all)"
+    also += "  (what-ifs by the closed forms, which do not reach these bursts)" if d["heuristic"] and d["what_if"] else ""
+    lines += ["", f"  Instead{also}", *(f"    {a['name']}: {a['reason']}{replayed(a)}" for a in d["alternatives"])]
     changes = [f"    {x}" for x in what_if_lines(d["what_if"], unit)]
     lines += ["", "  What if", *changes] if changes else []
     return "\n".join(lines)
@@ -49,13 +53,13 @@ def _node_line(n: dict[str, Any]) -> str:
 
 
 def _pool_line(model: str, x: dict[str, Any]) -> str:
-    more = "".join(f" {k}{x[k]}" for k in ("pp", "ep") if x[k] > 1)
+    more = "".join(f" {k}{x[k]}" for k in ("pp", "dp", "ep") if x[k] > 1) + "".join(f" with {t}" for t in x["techniques"])
     low, high = x["input_tokens"]
     load = []
-    if x["role"] != "prefill":
+    if x["role"] not in ("prefill", "encode"):
         load.append(f"decode batch {x['batch']:.1f}")
     if x["role"] != "decode":
-        load.append(f"prefill {x['prefill_utilisation']:.0%} of the time")
+        load.append(f"{'encode' if x['role'] == 'encode' else 'prefill'} {x['prefill_utilisation']:.0%} of the time")
     return (
         f"  Run    {x['replicas']} x {x['role']} {model} ({x['weight_dtype']}) tp{x['tp']}{more} on {x['hardware']}:\n"
         f"         {x['requests_per_s']:.2f} requests/s of {low:.0f}-{high:.0f} input tokens; {', '.join(load)}"
@@ -121,6 +125,12 @@ def _extra_lines(d: dict[str, Any]) -> list[str]:
     if "served_multiple" in d:
         lines.append(f"  Serves {d['served_multiple']:.3g} times the load: {d['objective_value']:,.2f} requests/s")
     lines += [f"  Lossy  {x}" for x in d["lossy"]]
+    if "fixed_fleet" in d:
+        x = d["fixed_fleet"]
+        lines.append(
+            f"  Day    one fleet for the highest load, x{x['highest_multiple']:.2g}, paid all day; the mean load is "
+            f"{x['mean_over_highest']:.0%} of that, and so are the tokens that the price per token counts"
+        )
     for x in d.get("uptime", ()):
         lines.append(
             f"  Up     {x['needed']} of {x['bought']} {x['node']} are needed: {x['availability']:.5%} of the time "
@@ -135,7 +145,8 @@ def what_if_lines(found: dict[str, Any], unit: str) -> list[str]:
     for x in found.get("limits", ()):
         name = f"{METRICS[x['metric']]} {x['percentile']}"
         now, then = _seconds(x["limit_s"]), _seconds(x["looser_s"])
-        lines.append(f"{name} {now} -> {then}: {_change(x, unit, least=True)}")
+        near = " (time was short: over the layouts nearest to the plan)" if x["restricted"] else ""
+        lines.append(f"{name} {now} -> {then}: {_change(x, unit, least=x['restricted'])}{near}")
     for x in found.get("prices", ()):
         if "cheaper" in x:
             cheaper = x["cheaper"]
@@ -175,16 +186,24 @@ def _certainty_lines(c: dict[str, Any], unit: str) -> list[str]:
     return lines
 
 
+def replayed(x: dict[str, Any]) -> str:
+    """What replay says of another plan; nothing where it was not replayed."""
+    found = x.get("replayed")
+    if found is None:
+        return ""
+    return "; replayed: keeps every promise" if found["kept"] else f"; replayed: misses {', '.join(found['missed'])}"
+
+
 def _change(x: dict[str, Any], unit: str, *, least: bool = False) -> str:
     if x["objective"] is None:
         return "cannot be served"
     if abs(x["change"]) < 1e-4:
-        return "no change"
+        return f"no change{replayed(x)}"
     verb = "saves" if x["change"] < 0 else "costs"
     if unit == "requests/s":
         verb = "gains" if x["change"] < 0 else "loses"
     verb += " at least" if least else ""
-    return f"{verb} {abs(x['change']):.1%} ({x['objective']:,.2f} {unit}: {', '.join(x['buys'])})"
+    return f"{verb} {abs(x['change']):.1%} ({x['objective']:,.2f} {unit}: {', '.join(x['buys'])}){replayed(x)}"
 
 
 def _seconds(x: float) -> str:

@@ -11,6 +11,7 @@ from perfmodel.planner.case import bucket_mix
 from perfmodel.planner.columns import Column
 from perfmodel.planner.layout import Layout
 from perfmodel.planner.promise import judge, promises
+from perfmodel.planner.through import first_token
 from perfmodel.serving import arrivals
 from perfmodel.serving.queueing import MOST_DISPERSED, Mix, State
 from perfmodel.serving.workload import Bucket
@@ -122,8 +123,15 @@ def closed_form(pool: Pool, metric: str, dispersion: float, per_token: float = 0
 
 
 def answers(role: str, metric: str) -> bool:
-    """Whether pools of a role decide a metric: prefill pools the first token, decode pools the others."""
+    """Whether pools of a role decide a metric: prefill pools the first token, decode pools the others. What an encode
+    pool adds to the first token is counted where it ends."""
     return role in (FIRST_TOKENS if metric in ("ttft", "e2e") else OTHER_TOKENS)
+
+
+def _before(pool: Pool, chosen: list[Pool]) -> list[Pool]:
+    """Encode pools whose embeddings may come to a pool."""
+    wanted = ("encode", pool.column.layout.encode_share)
+    return [x for x in chosen if (x.column.layout.role, x.column.layout.encode_share) == wanted]
 
 
 def promised(chosen: list[Pool], metric: str, p: float, dispersion: float, per_token: float = 0.0) -> float | None:
@@ -132,7 +140,10 @@ def promised(chosen: list[Pool], metric: str, p: float, dispersion: float, per_t
     None where a pool has no closed form for the metric. per_token: seconds granted for each input token beside t.
     """
     parts = [x for x in chosen if answers(x.column.layout.role, metric)]
-    forms = [closed_form(x, metric, dispersion, per_token) for x in parts]
+    forms = [
+        first_token(x, _before(x, chosen), dispersion, per_token, x.column.offer.site.rtt)
+        if metric == "ttft" and x.column.layout.fed else closed_form(x, metric, dispersion, per_token) for x in parts
+    ]  # fmt: skip
     total = sum(x.rate for x in parts)
     if total == 0:
         return 0.0

@@ -6,14 +6,17 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import cast
 
 import numpy as np
 
 from perfmodel.serving import frontend, goodput
+from perfmodel.serving.encode_pool import EncodeInstance, FedInstance
 from perfmodel.serving.queueing import Instance, Mix, State, invert
 from perfmodel.serving.split import SplitState
+from perfmodel.serving.static_batch import StaticInstance, StaticState
 from perfmodel.spec.calibration import Engine
-from perfmodel.spec.workload import Objectives
+from perfmodel.spec.workload import Limit, Objectives
 
 MOST_PREFILL = 0.9
 """Share of its time an instance may plan to spend on prefill: closer to one, waits depend on the last request."""
@@ -48,8 +51,14 @@ def promises(
 ) -> Iterator[Promise]:
     """What an instance of this role answers for. A hand-off splits a joint share evenly between both sides, and an end-to-end
     limit as their work without load."""
-    first, later = instance.role != "decode", instance.role != "prefill"
+    first, later = instance.role != "decode", instance.role not in ("prefill", "encode")
     outside = frontend.before_engine(engine, s, mix) if first else np.zeros(mix.input.shape)
+    if instance.role == "encode":
+        outside = frontend.unloaded(engine, mix.input)
+    alone, shared = _odds(instance, first and later)
+    if isinstance(s, StaticState):
+        yield from _static(cast(StaticInstance, instance), s, mix, goals, dispersion, outside)
+        return
     # Where devices are split between the phases, each side has laws of its own.
     if isinstance(s, SplitState):
         front, ahead, back, after = s.prefill, s.first, s.decode, s.later
@@ -60,7 +69,7 @@ def promises(
         return front.ttft_met(t + per_token * mix.input - outside, ahead, mix, dispersion)
 
     for name, limit in goals.ttft.items() if first else ():
-        yield Promise(f"TTFT {name}", percentile(name), float(limit), partial(ttft, per_token=limit.per_token))
+        yield Promise(f"TTFT {name}", percentile(name) ** alone, float(limit), partial(ttft, per_token=limit.per_token))
     for name, limit in goals.tpot.items() if later else ():
         yield Promise(f"TPOT {name}", percentile(name), float(limit), lambda t: back.tpot_met(t, after, mix, dispersion))
     for name, limit in goals.itl.items() if later else ():
@@ -85,13 +94,10 @@ def promises(
         return mix.mean(back.tpot_shares(each, after, mix, dispersion))
 
     for name, limit in goals.e2e.items():
-        p = percentile(name) if both else math.sqrt(percentile(name))
-        yield Promise(f"end to end {name}", p, float(limit), partial(e2e, per_token=limit.per_token))
+        yield Promise(f"end to end {name}", percentile(name) ** shared, float(limit), partial(e2e, per_token=limit.per_token))
     joint = goals.attainment
     if joint is None:
         return
-    p = joint.share if both else math.sqrt(joint.share)
-
     def together(stretch: float) -> float:
         met = np.ones(mix.input.shape)
         if joint.ttft is not None and first:
@@ -100,7 +106,45 @@ def promises(
             met = met * back.tpot_shares(stretch * float(joint.tpot), after, mix, dispersion)
         return mix.mean(met)
 
-    yield Promise("attainment", p, 1.0, together)
+    yield Promise("attainment", joint.share**shared, 1.0, together)
+
+
+def _odds(instance: Instance, both: bool) -> tuple[float, float]:
+    """Exponents a, b: an instance owes p^a of its requests their TTFT, and p^b what it shares with a decode instance.
+
+    Exponents of all that a request passes add up to one: sides of a hand-off 1/2 each, of which an encode pool takes half.
+    """
+    if isinstance(instance, EncodeInstance):
+        return 0.5, 0.25
+    if isinstance(instance, FedInstance):
+        return 0.5, 0.75 if both else 0.25
+    return 1.0, 1.0 if both else 0.5
+
+
+def _static(
+    instance: StaticInstance, s: StaticState, mix: Mix, goals: Objectives, dispersion: float, outside: np.ndarray
+) -> Iterator[Promise]:
+    """Those of batches that start and end together."""
+
+    def met(t: float, metric: str, per_token: float) -> float:
+        before = outside - per_token * mix.input if metric in ("ttft", "e2e") else 0.0
+        return instance.met(metric, t - before, s, mix, dispersion)
+
+    names = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "longest_gap": "longest gap", "e2e": "end to end"}
+    for metric, name in names.items():
+        limits: dict[str, Limit] = getattr(goals, metric)
+        for p, limit in limits.items():
+            form = partial(met, metric=metric, per_token=limit.per_token)
+            yield Promise(f"{name} {p}", percentile(p), float(limit), form)
+    joint = goals.attainment
+    if joint is not None:
+
+        def together(stretch: float) -> float:
+            ttft = np.full(mix.input.shape, math.inf) if joint.ttft is None else stretch * joint.ttft.at(mix.input) - outside
+            tpot = math.inf if joint.tpot is None else stretch * float(joint.tpot)
+            return instance.jointly_met(ttft, tpot, s, mix, dispersion)
+
+        yield Promise("attainment", joint.share, 1.0, together)
 
 
 @dataclass(frozen=True)
@@ -121,6 +165,9 @@ def judge(
     """The tightest promise of a state; the first broken one settles it."""
     if not s.feasible:
         return Verdict(s.reason, -math.inf)
+    if isinstance(s, StaticState) and (why := instance.refused(s, mix, dispersion)):
+        # Static batches have a narrower range, and finding that out is cheaper than their laws.
+        return Verdict(why.partition(":")[0], -math.inf)
     if s.utilisation > MOST_PREFILL * (1 + _ROUNDING):
         return Verdict("prefill time", -math.inf)
     tightest = Verdict("", math.inf)
@@ -135,7 +182,9 @@ def judge(
     return Verdict(refused.partition(":")[0], -math.inf) if refused else tightest
 
 
-def why_never(instance: Instance, mix: Mix, goals: Objectives, engine: Engine) -> tuple[str, str, float]:
+def why_never(
+    instance: Instance, mix: Mix, goals: Objectives, engine: Engine, dispersion: float = 1.0
+) -> tuple[str, str, float]:
     """Reason, metric and best possible limit of a layout that breaks a promise even when idle."""
     s = instance.state(_IDLE, mix)
     if not s.feasible:
@@ -152,4 +201,5 @@ def why_never(instance: Instance, mix: Mix, goals: Objectives, engine: Engine) -
             f"{x.name} is {best * 1e3:,.{digits}f} ms without any load (limit {x.limit * 1e3:,.{digits}f} ms)",
             f"{metric.lower()}.{share}", best,
         )  # fmt: skip
-    return "misses an objective", "", math.nan
+    # What has no closed form at any load a replay would have to carry.
+    return instance.refused(s, mix, dispersion) or "misses an objective", "", math.nan

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from perfmodel import catalog
 from perfmodel.catalog import load_model
-from perfmodel.errors import SpecError
+from perfmodel.errors import SpecError, UnknownName, did_you_mean
 from perfmodel.spec.choices import Choices
-from perfmodel.spec.formats import Quality, get_format, quality
+from perfmodel.spec.formats import ALIASES, FORMATS, Quality, get_format, quality
 from perfmodel.spec.model import Model
 from perfmodel.spec.plan import PlanFile
 from perfmodel.spec.yaml import Document
+from perfmodel.techniques.registry import kinds
+from perfmodel.techniques.registry import technique as built
 
 _RANK: tuple[Quality, ...] = ("exact", "checkpoint", "lossy")
 
@@ -27,10 +30,44 @@ def cache(name: str, model: Model) -> Quality:
     return quality(name, own)
 
 
+def technique(name: str) -> Quality:
+    """Quality of a technique at its parameters; a preset is one too."""
+    return built(name).effects()
+
+
+def is_format(name: str) -> bool:
+    """Whether `allow` names a number format; what it names else is a technique or a preset."""
+    return name.lower() in FORMATS or name.lower() in ALIASES
+
+
+def allowed_name(name: str) -> None:
+    """Raise SpecError, with the nearest spelling, for what is neither a format nor a technique."""
+    if is_format(name):
+        return
+    try:
+        built(name)
+    except UnknownName:
+        known = [*FORMATS, *ALIASES, *kinds(), *catalog.names("techniques")]
+        raise SpecError(f"{name!r} is no number format and no technique{did_you_mean(name, known)}") from None
+
+
+def _sets(choices: Choices) -> list[tuple[str, ...]]:
+    return [(t,) if isinstance(t, str) else t for t in choices.techniques]
+
+
+def _allowed_technique(name: str, allow: tuple[str, ...]) -> bool:
+    """A technique may be allowed as it is written, by its preset's name, or by its kind."""
+    return bool({name, name.partition(":")[0], built(name).kind} & set(allow))
+
+
 def check_quality(spec: PlanFile, document: Document) -> None:
     """Raise SpecError for a lossy format that the plan names without allowing it."""
     choices = spec.choices
-    allow = {get_format(a).name for a in choices.allow}
+    allow = {get_format(a).name for a in choices.allow if is_format(a)}
+    for i, several in enumerate(_sets(choices)):
+        for name in several:
+            if technique(name) == "lossy" and not _allowed_technique(name, choices.allow):
+                _refuse(f"the technique {name} is lossy", name, document, ("choices", "techniques", i))
     for service in spec.served:
         model = load_model(service.model)
         for i, name in enumerate(choices.weight_dtype):
@@ -50,11 +87,14 @@ def _refuse(why: str, name: str, document: Document, path: tuple[str | int, ...]
 
 
 def allowed(spec: PlanFile) -> Choices:
-    """Choices with the weight formats that may be tried: those listed, else the checkpoint's and what `allow` adds."""
+    """Choices with what may be tried: weight formats listed, else the checkpoint's and those of `allow`; techniques of both."""
     c = spec.choices
-    if c.weight_dtype or not c.allow:
-        return c
-    return c.model_copy(update={"weight_dtype": ("checkpoint", *c.allow)})
+    formats = tuple(a for a in c.allow if is_format(a))
+    listed = {name for several in _sets(c) for name in several}
+    named = {built(n).kind for n in listed} | {n.partition(":")[0] for n in listed} | listed
+    more = tuple(a for a in c.allow if not is_format(a) and a not in named)
+    weights_tried = c.weight_dtype if c.weight_dtype or not formats else ("checkpoint", *formats)
+    return c.model_copy(update={"weight_dtype": weights_tried, "techniques": (*c.techniques, *more)})
 
 
 def lossy(choices: Choices, model: Model) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Callable
@@ -11,30 +10,23 @@ from pathlib import Path
 from typing import Any
 
 from perfmodel import catalog
-from perfmodel.errors import Infeasible, SpecError
+from perfmodel.errors import SpecError
 from perfmodel.planner import describe, page
-from perfmodel.planner.cells import Cell, Fleet, ask, check, fleet_of
+from perfmodel.planner.cells import Cell, Fleet, fleet_of
 from perfmodel.planner.checks import check_plan, check_power
-from perfmodel.planner.columns import Column, Enumerator
+from perfmodel.planner.columns import Column
 from perfmodel.planner.evaluated import Evaluated, Run
-from perfmodel.planner.explain import Alternative, alternatives, binding, runners_up
-from perfmodel.planner.infeasible import nearest_change, no_column
-from perfmodel.planner.layout import Layout
+from perfmodel.planner.explain import Alternative, alternatives, binding, confirmed, runners_up
 from perfmodel.planner.offer import Offer, offers
-from perfmodel.planner.optimum import Optimum, fewest_instances, optimise
+from perfmodel.planner.optimum import Optimum
 from perfmodel.planner.program import Question, nodes_bought
 from perfmodel.planner.quality import allowed, check_quality
+from perfmodel.planner.search import search
 from perfmodel.planner.service import Service
 from perfmodel.planner.solver import Solution
 from perfmodel.planner.what_if import what_if
-from perfmodel.serving.queueing import MOST_DISPERSED
 from perfmodel.spec import yaml
 from perfmodel.spec.plan import PlanFile
-
-_ROUNDS = 14
-_TIGHTER = 0.93
-_LOOSER = 1.3
-_BETTER = 1e-6
 
 
 class LicenceWarning(UserWarning):
@@ -57,6 +49,12 @@ class Plan(Evaluated):
     alternatives: list[Alternative]
     what_if: dict[str, Any]
     seconds: float
+    heuristic: str = ""
+    """Why the plan is not proven optimal beside its gap."""
+    replay_all: bool = False
+    """Whether alternatives and what-ifs were replayed too."""
+    asked_buckets: int = 0
+    """More than the plan has where one with fewer turned out cheaper."""
     warnings: list[str] = field(default_factory=list)
 
     @property
@@ -87,13 +85,13 @@ class PlanRun(Run):
 
 def plan(
     path: str | Path, *, objective: str | None = None, confidence: float | None = None, budget: str | None = None,
-    load: float | None = None, explain: bool = True, progress: Callable[[str], None] | None = None,
+    load: float | None = None, explain: bool = True, replay_all: bool = False, progress: Callable[[str], None] | None = None,
 ) -> PlanRun:  # fmt: skip
     """Plan the fleet a plan file asks for. Raises SpecError for bad input and Infeasible with the nearest change.
 
     objective, confidence, budget ("60 USD/h"), load: instead of the file's.
-    explain: also say what other prices, limits and choices would cost, which
-    takes longer than the plan itself.
+    explain: also say what other prices, limits and choices would cost, which takes longer than the plan itself.
+    replay_all: replay these too, and say which of them break a promise.
     """
     document = yaml.read(path)
     changes = {k: v for k, v in (("objective", objective), ("confidence", confidence)) if v is not None}
@@ -112,15 +110,17 @@ def plan(
     listed = offers(spec.fleet, spec.objective, document.file, lines, spec.regions, priced=priced)
     check_power(spec, listed, document)
     built: dict[str, Any] = {}
-    plans = []
-    for load in spec.workload.load:
+    plans: dict[float, Plan] = {}
+    # The highest load first: what columns carry at most there tells the others where to look.
+    for load in sorted(set(spec.workload.load), reverse=True):
         if progress:
             progress(f"planning load x{load:g}")
         try:
-            plans.append(_one(spec, Path(path).parent, load, listed, built, explain))
+            plans[load] = _one(spec, Path(path).parent, load, listed, built, explain, replay_all)
         except SpecError as error:
             raise _placed(error, document) from None
-    return PlanRun(spec, document.file, plans, document.data, listing=Path(path).read_text(encoding="utf-8"))
+    done = [plans[load] for load in spec.workload.load]
+    return PlanRun(spec, document.file, done, document.data, listing=Path(path).read_text(encoding="utf-8"))
 
 
 def _placed(error: SpecError, document: yaml.Document) -> SpecError:
@@ -131,57 +131,22 @@ def _placed(error: SpecError, document: yaml.Document) -> SpecError:
     return SpecError(str(error).removeprefix(f"{error.path}: "), file=document.file, line=line, path=error.path)
 
 
-def _one(spec: PlanFile, base: Path, load: float, listed: list[Offer], built: dict[str, Any], explain: bool) -> Plan:
+def _one(
+    spec: PlanFile, base: Path, load: float, listed: list[Offer], built: dict[str, Any], explain: bool, replay_all: bool
+) -> Plan:
     start = time.perf_counter()
-    fleet = fleet_of(spec, base, load, listed, built, allowed(spec))
-    rounds: list[dict[str, Any]] = []
-    often: dict[Layout, int] = {}
-    kept: _Kept | None = None
-
-    def raise_all() -> None:
-        for found in _enumerators(fleet):
-            found.loosen(_LOOSER, often)
-
-    for attempt in range(_ROUNDS):
-        question = ask(fleet)
-        best = _solve(fleet, question)
-        known = math.inf if kept is None else kept.best.solution.objective
-        if best.solution.objective >= known - _BETTER * abs(known):
-            raise_all()
-            continue
-        values = fewest_instances(best)
-        cells, misses = check(fleet, question, values)
-        rounds.append({
-            "round": attempt + 1, "objective": abs(best.solution.objective), "bound": abs(best.solution.bound),
-            "missed": sorted({f"{p.column.layout.label}: {what}" for _, p, what in misses}),
-        })  # fmt: skip
-        if not misses:
-            kept = _Kept(question, best, values, cells, [dict(e.columns) for e in _enumerators(fleet)])
-            if all(s.workload.dispersion <= MOST_DISPERSED for s in fleet.services):
-                break
-            # Closed forms do not hold for such bursts: let replay say how much more the columns can carry.
-            raise_all()
-        for service, pool in {(id(s), id(p)): (s, p) for s, p, _ in misses}.values():
-            layout = pool.column.layout
-            often[layout] = often.get(layout, 0) + 1
-            service.tighten(pool.column, _TIGHTER ** often[layout], pool.filled)
-    if kept is None:
-        raise Infeasible(
-            f"after {_ROUNDS} rounds the replay still misses {', '.join(rounds[-1]['missed'])}",
-            nearest="a looser percentile limit or another device type",
-            binding=tuple(rounds[-1]["missed"]),
-        )
-    question, best, values, cells = kept.question, kept.best, kept.values, kept.cells
-    for found, columns in zip(_enumerators(fleet), kept.columns, strict=True):
-        found.columns = columns
+    found = search(fleet_of(spec, base, load, listed, built, allowed(spec)))
+    fleet, question, best, values, cells = found.fleet, found.question, found.best, found.values, found.cells
     others = alternatives(fleet, question, best, cells)
     others += runners_up(fleet, best, cells) if explain else []
-    extra = what_if(fleet, question, best) if explain else {}
+    extra = what_if(fleet, question, best, replay_all=replay_all) if explain else {}
+    if replay_all:
+        others = [confirmed(a, fleet) for a in others]
     result = Plan(
         offers=fleet.offers, peak=[c for c in cells if c.service.period == 0], data={}, fleet=fleet, question=question,
         nodes=[sum(nodes_bought(question, values, t, 0)) for t in range(len(fleet.offers))], best=best, values=values,
-        cells=cells, rounds=rounds, binding=binding(question, best, values, cells), alternatives=others, what_if=extra,
-        seconds=0.0,
+        cells=cells, rounds=found.rounds, binding=binding(question, best, values, cells), alternatives=others, what_if=extra,
+        seconds=0.0, heuristic=found.heuristic, replay_all=replay_all, asked_buckets=allowed(spec).buckets,
     )  # fmt: skip
     result.warnings = _warnings(result)
     result.seconds = time.perf_counter() - start
@@ -193,31 +158,6 @@ def _nested(data: dict[str, Any], section: str, key: str, value: Any) -> dict[st
     """A section with one key changed; nothing without a value, or where the section is no mapping."""
     old = data.get(section) or {}
     return {section: {**old, key: value}} if value is not None and isinstance(old, dict) else {}
-
-
-@dataclass(frozen=True)
-class _Kept:
-    """The best plan so far whose promises replay has confirmed, and the columns it was chosen from."""
-
-    question: Question
-    best: Optimum
-    values: dict[str, float]
-    cells: list[Cell]
-    columns: list[dict[tuple[Layout, tuple[int, ...]], Column]]
-
-
-def _enumerators(fleet: Fleet) -> list[Enumerator]:
-    return [found for service in fleet.services for found in service.found.values()]
-
-
-def _solve(fleet: Fleet, question: Question) -> Optimum:
-    unserved = [c for c in fleet.services if c.unserved()]
-    if unserved:
-        raise no_column(unserved[0])
-    best = optimise(question)
-    if not best.solution.ok:
-        raise nearest_change(question)
-    return best
 
 
 def _warnings(p: Plan) -> list[str]:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from perfmodel.planner.columns import Column, Enumerator, Rejected, unserved
+from perfmodel.planner.columns import Column, Enumerator, Hints, Rejected, unserved
 from perfmodel.planner.evaluated import Served
 from perfmodel.planner.layout import Layout
 from perfmodel.planner.offer import Offer
 from perfmodel.planner.program import Demand
 from perfmodel.planner.promise import percentile
+from perfmodel.serving.encode import tower_bytes
 from perfmodel.spec.fleet import Startup
 from perfmodel.spec.workload import Joint, Limit, Objectives
 
@@ -31,6 +32,8 @@ class Service(Served):
     slower: Mapping[str, float] = field(default_factory=dict)
     found: dict[str, Enumerator] = field(default_factory=dict)
     period: int = 0
+    hints: Hints = field(default_factory=dict)
+    """Rates of like columns, near which the search begins."""
 
     def __post_init__(self) -> None:
         for offer in self.offers:
@@ -44,9 +47,17 @@ class Service(Served):
     def _enumerate(self, offer: Offer) -> Enumerator:
         f = self.slower.get(offer.label, 1.0)
         return Enumerator(
-            self.model, [offer], self.choices, stricter(self.objectives, offer.site.rtt, f),
-            replace(self.workload, rate=self.workload.rate * f), self.buckets, self.built,
+            self.model, [offer], self.choices, self.seen_by(self.objectives, offer),
+            replace(self.workload, rate=self.workload.rate * f), self.buckets, self.built, self.hints,
         )  # fmt: skip
+
+    def home(self, offer: Offer) -> Offer:
+        """The offer whose columns an offer runs: spot nodes those of their steady terms, where there are any."""
+        return (self.steady(offer) if offer.spot else None) or offer
+
+    def seen_by(self, goals: Objectives, offer: Offer) -> Objectives:
+        """Limits as an offer's columns must keep them."""
+        return stricter(goals, offer.site.rtt, self.slower.get(offer.label, 1.0))
 
     @property
     def rates(self) -> list[float]:
@@ -68,9 +79,9 @@ class Service(Served):
         """
         result = []
         for offer in self.offers:
-            home = self.steady(offer) if offer.spot else offer
-            enumerator = self.found[(home or offer).label]
-            f = self.slower.get((home or offer).label, 1.0)
+            home = self.home(offer)
+            enumerator = self.found[home.label]
+            f = self.slower.get(home.label, 1.0)
             kept = enumerator.select(test)
             if by_layout:
                 kept = [c for x in enumerator.layouts for c in enumerator.select(lambda c, x=x: c.layout == x and test(c))]  # type: ignore[misc]
@@ -94,8 +105,7 @@ class Service(Served):
 
     def tighten(self, column: Column, factor: float, filled: float = 1.0) -> None:
         """Lower the operating point of a column's layout."""
-        home = self.steady(column.offer) if column.offer.spot else column.offer
-        self.found[(home or column.offer).label].tighten(column, factor, filled)
+        self.found[self.home(column.offer).label].tighten(column, factor, filled)
 
     def demand(self, columns: list[Column], goal: float | None = None) -> Demand:
         """What the integer program is asked to serve. goal: percentile whose latency is minimised."""
@@ -107,7 +117,9 @@ class Service(Served):
         ttft = tpot = 0.0
         if c.layout.role != "decode":
             pooled = c.case.dispersion(max(1.0, math.floor(self.workload.rate / max(c.state.rate, 1e-9))))
-            ttft = c.instance.ttft_quantile(p, c.instance.state(c.state.rate, c.mix), c.mix, pooled) + c.offer.site.rtt
+            ttft = c.instance.ttft_quantile(p, c.instance.state(c.state.rate, c.mix), c.mix, pooled)
+            # The way to the client counts once, at the pool that ends the wait.
+            ttft += c.offer.site.rtt if c.layout.role != "encode" else 0.0
         if c.layout.role != "prefill":
             tpot = c.instance.tpot_quantile(p, c.instance.state(c.state.rate, c.mix), c.mix)
         return np.array([ttft + tpot * float(np.mean(b.output - 1)) for b in self.buckets])
@@ -158,7 +170,7 @@ def startup_seconds(c: Column, startup: Startup) -> float:
     from perfmodel import memory
 
     e = c.estimator
-    each = float(memory.weight_bytes(e.model, e.par, e.formats))
+    each = tower_bytes(e) if c.layout.role == "encode" else float(memory.weight_bytes(e.model, e.par, e.formats))
     on_node = min(c.layout.devices, c.offer.devices)
     paths = [each * on_node / startup.weights]
     if c.offer.machine.host_link:

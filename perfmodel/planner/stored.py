@@ -24,6 +24,7 @@ from perfmodel.planner.pools import Pool, pool_of
 from perfmodel.planner.quality import allowed
 from perfmodel.planner.reuse import Reuse
 from perfmodel.planner.verify import replay
+from perfmodel.serving import images
 from perfmodel.serving import workload as workloads
 from perfmodel.spec import yaml
 from perfmodel.spec.deployment import Deployment, PoolSpec
@@ -190,7 +191,7 @@ def _running(
 ) -> Running:
     """A service's pools at their stored rates, replayed."""
     choices = allowed(spec)
-    workload = workloads.build(served.workload, folder, said.workload.load, spec.seed)
+    workload = images.build(served.workload, folder, said.workload.load, spec.seed, served.model)
     groups = workloads.buckets(workload, choices.buckets, choices.seen)
     service = Served(served.name, served.model, workload, groups, served.workload.objectives, choices, listed, built)
     for layout in service.layouts:
@@ -214,7 +215,7 @@ def _offer(label: str, listed: list[Offer]) -> Offer:
 def _pool(x: PoolSpec, said: _Pool, service: Served, reuse: Reuse | None) -> Pool:
     layout = Layout(
         said.hardware, x.role, x.tp, x.pp, x.weight_dtype or "checkpoint", x.ep, x.dp, x.cp, x.policy, x.chunk,
-        x.prefill_share if x.policy == "split" else 0.0,
+        x.prefill_share if x.policy == "split" else 0.0, x.encode_share, x.techniques,
     )  # fmt: skip
     offer, groups = _offer(said.offer, service.offers), service.buckets
     rates = np.array(said.requests_per_s_by_bucket)
@@ -226,7 +227,7 @@ def _pool(x: PoolSpec, said: _Pool, service: Served, reuse: Reuse | None) -> Poo
     if isinstance(built, str):
         raise SpecError(f"{layout.label} {built}")
     served = tuple(int(k) for k in np.flatnonzero(rates))
-    instance = serving_instance(built, layout, bucket_mix(groups, tuple(range(len(groups)))))
+    instance = serving_instance(built, layout, bucket_mix(groups, tuple(range(len(groups)))), service.workload.image)
     case = Case(instance, built[0], groups, served, service.workload, service.objectives, reuse, service.choices.dealt)
     each = float(rates.sum()) / x.replicas
     if not (s := instance.state(each, case.mix(each))).feasible:

@@ -13,8 +13,10 @@ from perfmodel.planner.pools import FIRST_TOKENS, Pool, answers
 from perfmodel.planner.promise import percentile
 from perfmodel.planner.transfer import slowest_link
 from perfmodel.serving import frontend, prefix
+from perfmodel.serving.images import LABEL
 from perfmodel.serving.replay import Fleet, Outcome, Settings
 from perfmodel.serving.replay import Pool as SimulatedPool
+from perfmodel.serving.replay.deploy import embeddings
 from perfmodel.serving.requests import Requests
 from perfmodel.serving.workload import Bucket, Workload, bucket_of
 from perfmodel.spec.choices import Choices
@@ -68,25 +70,45 @@ def replay(
     first = _assign([r in FIRST_TOKENS for r in roles], chosen, bucket, rng)
     later = _assign([r == "decode" for r in roles], chosen, bucket, rng)
     front = frontend.unloaded(chosen[0].column.estimator.engine, requests.input)
-    outcome = fleet(chosen, factor, choices).run(requests, seed=seed, front=front, assigned=(first, later))
+    encoders = _encoders(chosen, first, requests, bucket, rng)
+    simulated = fleet(chosen, factor, choices, workload.image)
+    outcome = simulated.run(requests, seed=seed, front=front, assigned=(first, later, encoders))
     # Requests of colocated pools never reach a decode pool.
     later = np.where(np.array([r == "colocated" for r in roles])[first], -1, later)
     counted = outcome.arrival >= 0
     weight = len(workload.requests) / int(counted.sum())
-    parts = [(x, counted & ((later if x.column.layout.role == "decode" else first) == i)) for i, x in enumerate(chosen)]
+    place = {"decode": later, "encode": encoders}
+    parts = [(x, counted & (place.get(x.column.layout.role, first) == i)) for i, x in enumerate(chosen)]
     return [Replayed(x, outcome, mine, weight) for x, mine in parts if mine.any()]
 
 
-def fleet(chosen: list[Pool], factor: int, choices: Choices) -> Fleet:
+def _encoders(
+    chosen: list[Pool], first: np.ndarray, requests: Requests, bucket: np.ndarray, rng: np.random.Generator
+) -> np.ndarray:
+    """Place of the encode pool of each request, among those of the share of TTFT that its own pool leaves; -1 for none."""
+    found = np.full(len(requests), -1)
+    shares = np.array([x.column.layout.encode_share if x.column.layout.fed else 0.0 for x in chosen])[first]
+    seen = requests.labels.get(LABEL, np.zeros(len(requests))) > 0
+    for share in np.unique(shares[shares > 0]):
+        able = [(x.column.layout.role, x.column.layout.encode_share) == ("encode", share) for x in chosen]
+        if any(able):
+            found = np.where(seen & (shares == share), _assign(able, chosen, bucket, rng), found)
+    return found
+
+
+def fleet(chosen: list[Pool], factor: int, choices: Choices, image: tuple[int, int] | None = None) -> Fleet:
     """The pools as the simulation wants them, with `factor` times fewer instances."""
     decoders = [x.column.estimator for x in chosen if x.column.layout.role == "decode"]
+    fed = [x.column.estimator for x in chosen if x.column.layout.fed]
     pools = []
     for x in chosen:
         c, e = x.column, x.column.estimator
         settings = Settings(c.layout.policy, prefix_caching=choices.prefix_caching)
         moved = slowest_link(e, decoders, x.mix) if c.layout.role == "prefill" and decoders else None
+        sent = embeddings(e, fed, image) if c.layout.role == "encode" and fed and image is not None else None
         pools.append(SimulatedPool(
-            c.instance.clock, c.instance.kv_tokens, x.replicas // factor, c.layout.role, settings, handoff=moved
+            c.instance.clock, c.instance.kv_tokens, x.replicas // factor, c.layout.role, settings,
+            handoff=moved, embeddings=sent, tower=getattr(c.instance, "encoder", None),
         ))  # fmt: skip
     return Fleet(tuple(pools), choices.dealt)
 
@@ -129,6 +151,9 @@ def together(parts: list[Replayed]) -> Outcome | None:
     return parts[0].whole.take(np.any([x.mine for x in parts], axis=0)) if parts else None
 
 
+Good = Callable[[Outcome], np.ndarray]
+
+
 def broken(results: list[Replayed], objectives: Objectives) -> list[tuple[Pool, str]]:
     """Pools whose own requests miss a limit, where the plan as a whole misses it; preempted requests count as misses."""
     found: list[tuple[Pool, str]] = []
@@ -138,7 +163,7 @@ def broken(results: list[Replayed], objectives: Objectives) -> list[tuple[Pool, 
         if every is None or every.worst_share(good(every), p, objectives.window) >= p:
             continue
         own = [x for x in parts if x.outcome.worst_share(good(x.outcome), p, objectives.window) < p]
-        found += [(x.pool, what) for x in own or parts]
+        found += [(pool, what) for x in own or parts for pool in _to_blame(x, good, results)]
     for name, limit in objectives.itl.items():
         parts = [x for x in results if x.answers_for("itl")]
         if parts and parts[0].whole.worst_window("itl", percentile(name), objectives.window)[0] > limit:
@@ -146,7 +171,18 @@ def broken(results: list[Replayed], objectives: Objectives) -> list[tuple[Pool, 
     return found
 
 
-Good = Callable[[Outcome], np.ndarray]
+def _to_blame(x: Replayed, good: Good, results: list[Replayed]) -> list[Pool]:
+    """The pool that missed, or the encode pools before it, if most of those misses took longer there than their share."""
+    share, o = x.pool.column.layout.encode_share, x.outcome
+    if not x.pool.column.layout.fed:
+        return [x.pool]
+    late = ~good(o) & np.isfinite(o.encoded)
+    before = [
+        y.pool for y in results if y.pool.column.layout.role == "encode" and y.pool.column.layout.encode_share == share
+        and np.any(y.mine & x.mine)
+    ]  # fmt: skip
+    longer = (o.encoded - o.arrival)[late] > share * o.ttft[late]
+    return before if before and longer.sum() > 0.5 * max((~good(o)).sum(), 1) else [x.pool]
 
 
 def _promises(objectives: Objectives) -> Iterator[tuple[str, str, float, Good]]:

@@ -3,43 +3,68 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 from perfmodel.catalog import load_model
 from perfmodel.planner.cells import Fleet, ask, fleet_of
 from perfmodel.planner.certainty import certainty
 from perfmodel.planner.columns import Column
+from perfmodel.planner.confirm import confirm
 from perfmodel.planner.explain import bought_text
+from perfmodel.planner.layout import Layout
 from perfmodel.planner.offer import Offer
-from perfmodel.planner.optimum import Optimum, optimise
+from perfmodel.planner.optimum import Extra, Optimum, optimise
 from perfmodel.planner.periods import held, merged
-from perfmodel.planner.program import USD_PER_HOUR, Question
-from perfmodel.planner.quality import lossy
-from perfmodel.spec.workload import Limit, Objectives
+from perfmodel.planner.program import USD_PER_HOUR, Program, Question, nodes_bought
+from perfmodel.planner.quality import lossy, technique
+from perfmodel.spec.workload import Limit
 
 LOOSER = 1.25
 """Factor by which each latency limit is loosened."""
 CHEAPER = 0.9
 """Factor on each node type's price."""
+BUDGET_S = 60.0
+"""Seconds after which only the layouts nearest to the plan are sought anew under other limits."""
+PROMISED = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "longest_gap": "longest gap", "e2e": "end to end"}
+"""Metrics as promises name them."""
 _GAP = 5e-3
 _SECONDS = 3.0
 _MARGIN = 1e-3
+_ENTRY_STEPS = 5
 
 
-def what_if(fleet: Fleet, question: Question, best: Optimum) -> dict[str, Any]:
-    """Sensitivities of a plan, each a solved plan of its own. Keys are missing where the plan has nothing of the kind."""
-    found: dict[str, Any] = {"limits": latency_limits(fleet, best)}
+def what_if(fleet: Fleet, question: Question, best: Optimum, *, replay_all: bool = False) -> dict[str, Any]:
+    """Sensitivities of a plan, each a solved plan of its own. Keys are missing where the plan has nothing of the kind.
+
+    replay_all: replay each of these plans, and say what it breaks.
+    """
+    ask_replay = _Replay(fleet if replay_all else None)
+    found: dict[str, Any] = {"limits": latency_limits(fleet, best, ask_replay)}
     if question.objective == "cost":
-        found["prices"] = prices(question, best)
-    found["lossy"] = lossy_formats(fleet, best)
+        found["prices"] = prices(question, best, ask_replay)
+    found["lossy"] = lossy_formats(fleet, best, ask_replay)
     found["certainty"] = certainty(fleet, best)
     if question.resilience is not None:
-        found["resilience"] = without_resilience(question, best)
+        found["resilience"] = without_resilience(question, best, ask_replay)
     if len(question.shares) > 1:
         found["elasticity"] = elasticity(fleet, question, best)
     return {k: v for k, v in found.items() if v}
+
+
+@dataclass(frozen=True)
+class _Replay:
+    """Replays what is solved, where that was asked for."""
+
+    fleet: Fleet | None
+
+    def of(self, found: Optimum, fleet: Fleet | None = None) -> dict[str, Any]:
+        """{"replayed": …} of a solution, of the plan's own fleet or another; nothing where no replay was asked for."""
+        if self.fleet is None:
+            return {}
+        return {"replayed": confirm(fleet or self.fleet, found.program.question, found.values).data}
 
 
 def _against(value: float, best: Optimum) -> float:
@@ -48,25 +73,32 @@ def _against(value: float, best: Optimum) -> float:
     return (value - now) / max(abs(now), 1e-12)
 
 
-def latency_limits(fleet: Fleet, best: Optimum) -> list[dict[str, Any]]:
-    """For every limit of every service: the objective with it a quarter looser, over the layouts nearest to the plan.
+def latency_limits(fleet: Fleet, best: Optimum, replayed: _Replay) -> list[dict[str, Any]]:
+    """For every limit of every service: the objective with it a quarter looser, over all layouts.
 
-    Their columns are found anew; other layouts might save more, so a saving is at least what is told. Where the replay has
-    tightened columns of the plan, the change is counted from the plan without that, as the new columns have not been replayed.
+    A looser limit raises only the columns that it limits, and those that it refused: they are sought anew. Past a time limit only
+    those of the layouts nearest to the plan are (`restricted`): other layouts might save more. Where the replay has lowered
+    columns of the plan, the change is counted from the plan without that, as the new columns have not been replayed.
     """
     rows = []
-    near = nearest(best)
-    tightened = any("replay" in e.column.limited_by for e in best.program.question.entries)
-    base = optimise(ask(fleet.with_(near)), gap=_GAP, time_limit=_SECONDS) if tightened else best
-    for at, served in enumerate(fleet.spec.served):
+    begun = time.perf_counter()
+    lowered = any("replay" in e.column.limited_by for e in best.program.question.entries)
+    reference = fleet.with_() if lowered else fleet
+    base = optimise(ask(reference), gap=_GAP, time_limit=_SECONDS) if lowered else best
+    near = {c.layout for c in nearest(best)}
+    for served in fleet.spec.served:
         goals = served.workload.objectives
         for metric in ("ttft", "tpot", "itl", "longest_gap", "e2e"):
             for name, limit in getattr(goals, metric).items():
                 other = Limit(float(limit) * LOOSER, limit.per_token * LOOSER)
-                solved = _with_limit(fleet, near, at, goals, metric, name, other)
+                restricted = time.perf_counter() - begun > BUDGET_S
+                changed = _with_limit(reference, served.name, metric, name, other, near if restricted else None)
+                solved = None
+                if not any(s.unserved() for s in changed.services):
+                    solved = optimise(ask(changed), gap=_GAP, time_limit=_SECONDS)
                 rows.append({
                     "service": served.name, "metric": metric, "percentile": name, "limit_s": float(limit),
-                    "looser_s": float(other), **_solved(solved, base),
+                    "looser_s": float(other), "restricted": restricted, **_solved(solved, base, replayed, changed),
                 })  # fmt: skip
     return rows
 
@@ -80,32 +112,38 @@ def nearest(best: Optimum, more: int = 2) -> list[Column]:
 
 
 def _with_limit(
-    fleet: Fleet, near: list[Column], at: int, goals: Objectives, metric: str, name: str, limit: Limit
-) -> Optimum | None:
-    changed = goals.model_copy(update={metric: {**getattr(goals, metric), name: limit}})
-    services = list(fleet.spec.served)
-    workload = services[at].workload.model_copy(update={"objectives": changed})
-    services[at] = services[at].model_copy(update={"workload": workload})
-    other = fleet.with_(near, services=tuple(services))
-    if any(s.unserved() for s in other.services):
-        return None
-    return optimise(ask(other), gap=_GAP, time_limit=_SECONDS)
+    fleet: Fleet, name: str, metric: str, at: str, limit: Limit, among: Collection[Layout] | None
+) -> Fleet:  # fmt: skip
+    """The fleet with one limit of one service loosened; among: only these layouts are sought anew."""
+    services = []
+    for s in fleet.services:
+        if s.name == name:
+            goals = s.objectives.model_copy(update={metric: {**getattr(s.objectives, metric), at: limit}})
+            promise = f"{PROMISED[metric]} {at}"
+            found = {
+                label: e.loosened(s.seen_by(goals, e.offers[0]), promise, among) for label, e in s.found.items()
+            }  # fmt: skip
+            s = replace(s, objectives=goals, found=found)
+        services.append(s)
+    return replace(fleet, services=services)
 
 
-def _solved(found: Optimum | None, best: Optimum) -> dict[str, Any]:
+def _solved(
+    found: Optimum | None, best: Optimum, replayed: _Replay, fleet: Fleet | None = None
+) -> dict[str, Any]:
     if found is None or not found.solution.ok:
         return {"objective": None, "change": None, "buys": []}
     return {
         "objective": abs(found.solution.objective), "change": _against(found.solution.objective, best),
-        "buys": bought_text(found.program.question, found.values),
+        "buys": bought_text(found.program.question, found.values), **replayed.of(found, fleet),
     }  # fmt: skip
 
 
-def prices(question: Question, best: Optimum) -> list[dict[str, Any]]:
+def prices(question: Question, best: Optimum, replayed: _Replay) -> list[dict[str, Any]]:
     """For every offer that is bought: the plan at nine tenths of its price; of the others, the price at which they would be.
 
     The reduced cost of a node in the relaxation says how far its price must fall before it enters there. Whole nodes move that
-    point, so it is sought again with the integer program: the highest price at which the offer is bought.
+    point, so it is sought with the integer program.
     """
     rows = []
     for t, offer in enumerate(question.offers):
@@ -115,7 +153,7 @@ def prices(question: Question, best: Optimum) -> list[dict[str, Any]]:
         row: dict[str, Any] = {"offer": offer.label, "price_usd_per_hour": price}
         if _buys(best, t):
             cheaper = _at_price(question, t, CHEAPER)
-            row["cheaper"] = {"price_usd_per_hour": price * CHEAPER, **_solved(cheaper, best)}
+            row["cheaper"] = {"price_usd_per_hour": price * CHEAPER, **_solved(cheaper, best, replayed)}
         elif any(e.column.offer is offer for e in question.entries):
             row |= _entry_price(question, best, t, price)
         rows.append(row)
@@ -126,12 +164,12 @@ def _buys(found: Optimum, t: int) -> bool:
     return any(v > 0.5 for name, v in found.values.items() if name.startswith(f"N_{t}_"))
 
 
-def _at_price(question: Question, t: int, factor: float) -> Optimum:
+def _at_price(question: Question, t: int, factor: float, extra: Extra | None = None) -> Optimum:
     """The plan with one offer's prices, all terms, multiplied."""
     old = question.offers[t]
     scaled = tuple(replace(x, price=None if x.price is None else x.price * factor) for x in old.paid)
     new = replace(old, price=(old.price or 0.0) * factor, tariffs=scaled)
-    return optimise(with_offer(question, t, new), gap=_GAP, time_limit=_SECONDS)
+    return optimise(with_offer(question, t, new), gap=_GAP, time_limit=_SECONDS, extra=extra)
 
 
 def with_offer(question: Question, t: int, new: Offer) -> Question:
@@ -144,24 +182,45 @@ def with_offer(question: Question, t: int, new: Offer) -> Question:
 
 
 def _entry_price(question: Question, best: Optimum, t: int, price: float) -> dict[str, Any]:
-    """Highest price (to 2 %) at which an offer that is not bought now would be."""
+    """Highest price at which an offer that is not bought now would be: there the best plan that buys it costs what this one does.
+
+    With prices times f a plan that buys it costs C + f K, so it ties at f = (V - C)/K, V being the plan's cost. The best plan at
+    that f ties at a higher one or at the same (Dinkelbach, Management Science 13, 1967, p. 492).
+    """
     reduced = best.relaxed.reduced.get(f"N_{t}_0_0", 0.0) / question.offers[t].block
-    low, high = 0.0, 1.0
-    guess = max(1 - reduced / price, 0.0)
-    for _ in range(6):
-        factor = guess if low == 0.0 and high == 1.0 and 0.02 < guess < 0.98 else (low + high) / 2
-        low, high = (factor, high) if _buys(_at_price(question, t, factor), t) else (low, factor)
-        if high - low < 0.02:
+    value = best.solution.objective
+
+    def buys_it(program: Program) -> None:
+        program.problem += program.bought(t, 0) >= question.offers[t].block, "buys_it"
+
+    factor, entered = 1.0, 0.0
+    for _ in range(_ENTRY_STEPS):
+        found = _at_price(question, t, factor, buys_it)
+        if not found.solution.ok:
             break
-    entered = low > 0
+        spent = _spent(found, t)
+        tie = factor * (value - found.solution.objective + spent) / max(spent, 1e-12)
+        if tie <= entered + _MARGIN:
+            break
+        entered = factor = min(tie, 1.0)
     return {
         "relaxed_entry_usd_per_hour": price - reduced,
-        "enters_at_usd_per_hour": low * price if entered else None,
-        "enters_at_share": low if entered else None,
+        "enters_at_usd_per_hour": entered * price if entered > 0 else None,
+        "enters_at_share": entered if entered > 0 else None,
     }  # fmt: skip
 
 
-def lossy_formats(fleet: Fleet, best: Optimum) -> list[dict[str, Any]]:
+def _spent(found: Optimum, t: int) -> float:
+    """USD/h of a solution on one offer."""
+    q = found.program.question
+    return sum(
+        share * n * (tariff.price or 0.0) * USD_PER_HOUR
+        for period, share in enumerate(q.shares)
+        for n, tariff in zip(nodes_bought(q, found.values, t, period), q.offers[t].paid, strict=True)
+    )  # fmt: skip
+
+
+def lossy_formats(fleet: Fleet, best: Optimum, replayed: _Replay) -> list[dict[str, Any]]:
     """For every lossy format in use: the objective without it. Formats of weights by re-solving, of the cache by enumeration."""
     rows = []
     used = {
@@ -171,14 +230,23 @@ def lossy_formats(fleet: Fleet, best: Optimum) -> list[dict[str, Any]]:
     for name in sorted(used & known):
         without = ask(fleet, lambda c, name=name: c.layout.weight_dtype != name)  # type: ignore[misc]
         found = _optimum(fleet, without)
-        rows.append({"what": f"{name} weights", "without": _solved(found, best)})
+        rows.append({"what": f"{name} weights", "without": _solved(found, best, replayed)})
+    for several in sorted(_techniques_in_use(best)):
+        if any(technique(t) == "lossy" for t in several):
+            without = ask(fleet, lambda c, several=several: c.layout.techniques != several)  # type: ignore[misc]
+            rows.append({"what": " + ".join(several), "without": _solved(_optimum(fleet, without), best, replayed)})
     kv = fleet.choices.kv_dtype
     if kv not in (None, "auto"):
         plain = fleet.choices.model_copy(update={"kv_dtype": None})
         built: dict[str, Any] = {}
         other = fleet_of(fleet.spec, fleet.base, fleet.load, fleet.offers, built, plain, fleet.levels)
-        rows.append({"what": f"KV cache in {kv}", "without": _solved(_optimum(other, ask(other)), best)})
+        rows.append({"what": f"KV cache in {kv}", "without": _solved(_optimum(other, ask(other)), best, replayed, other)})
     return rows
+
+
+def _techniques_in_use(best: Optimum) -> set[tuple[str, ...]]:
+    entries = best.program.question.entries
+    return {e.column.layout.techniques for i, e in enumerate(entries) if best.values.get(f"n_{i}", 0) > 0.5} - {()}
 
 
 def _optimum(fleet: Fleet, question: Question) -> Optimum | None:
@@ -190,9 +258,9 @@ def _optimum(fleet: Fleet, question: Question) -> Optimum | None:
     return found if found.solution.ok else None
 
 
-def without_resilience(question: Question, best: Optimum) -> dict[str, Any]:
+def without_resilience(question: Question, best: Optimum, replayed: _Replay) -> dict[str, Any]:
     """What the plan would be if nothing ever failed."""
-    return _solved(optimise(replace(question, resilience=None), gap=_GAP, time_limit=_SECONDS), best)
+    return _solved(optimise(replace(question, resilience=None), gap=_GAP, time_limit=_SECONDS), best, replayed)
 
 
 def elasticity(fleet: Fleet, question: Question, best: Optimum) -> dict[str, Any]:

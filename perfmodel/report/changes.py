@@ -93,7 +93,8 @@ def _solved(found: dict[str, Any], unit: str) -> Iterator[tuple[str, dict[str, A
     """(what is changed, the plan that follows)."""
     for x in found.get("limits", ()):
         name = f"{METRICS[x['metric']]} {x['percentile']} of {x['service']}"
-        yield f"{name}: {seconds(x['limit_s'])} → {seconds(x['looser_s'])} (a saving is at least this)", x
+        near = " (over the layouts nearest to the plan: a saving is at least this)" if x["restricted"] else ""
+        yield f"{name}: {seconds(x['limit_s'])} → {seconds(x['looser_s'])}{near}", x
     for x in found.get("prices", ()):
         if "cheaper" in x:
             yield f"{x['offer']} at {money(x['cheaper']['price_usd_per_hour'])} USD/h (-10%)", x["cheaper"]

@@ -20,6 +20,7 @@ from perfmodel.serving.requests import Requests
 
 Scale = Literal["superpose", "thin", "compress"]
 WINDOWS = (1.0, 10.0, 60.0)
+_MOST_REQUESTS = 10_000_000  # superposed; about a gigabyte
 _LEAST_WINDOWS = 10  # fewer counts have no variance worth the name
 
 
@@ -120,6 +121,9 @@ def thin(requests: Requests, share: float, rng: np.random.Generator) -> Requests
 
 def superpose(requests: Requests, span: float, load: float, seed: int, shared: np.ndarray | None = None) -> Requests:
     """`load` copies of the requests as `scaled` describes; a fractional part is one more copy, thinned to it."""
+    if len(requests) * load > _MOST_REQUESTS:
+        many = f"{load:.4g} times {len(requests):,} requests"
+        raise SpecError(f"{many} are more than {_MOST_REQUESTS:,}: take a shorter window, or compress")
     rng = np.random.default_rng(seed)
     parts = []
     for copy in range(int(np.ceil(load))):

@@ -14,6 +14,7 @@ from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.serving import frontend, goodput
 from perfmodel.serving.clock import StepClock
+from perfmodel.serving.preemption import pressure, swap_seconds
 from perfmodel.serving.queueing import Instance, Mix, State
 
 _PERCENTILES = (0.5, 0.9, 0.95, 0.99)
@@ -34,7 +35,8 @@ def serving_summary(
     """Continuous batching of `isl`/`osl` requests: at a Poisson rate [1/s], or with `concurrency` clients in a loop.
 
     A closed loop keeps C requests in flight, so its rate follows from Little's law: C = rate x (TTFT + (osl - 1) TPOT).
-    TTFT includes the engine's front end: tokeniser, API server and waiting for it.
+    TTFT includes the engine's front end: tokeniser, API server and waiting for it. `memory`: how often the cache is full, and
+    per request the preemptions, the wait for memory, and the work that preemptions repeat, or what swapping would take instead.
     Raises Infeasible when the instance or its front end saturates, with the highest rate it can carry.
     """
     if rate is not None and concurrency is not None:
@@ -60,6 +62,7 @@ def serving_summary(
     if closed:
         # Clients in a loop wait for each other, not for a random arrival stream: means, no percentiles.
         return result | {"ttft_s": {"mean": _mean_ttft(instance, state, mix) + outside}, "tpot_s": {"mean": state.step}}
+    result["memory"] = _memory(e, instance, state, mix)
     refused = instance.refused(state, mix)
     result["closed_form"] = f"outside its range: {refused}" if refused else "valid"
     quantiles = {
@@ -80,6 +83,17 @@ def _carried(e: Estimator, mix: Mix) -> float:
     if e.engine.frontend is None:
         return math.inf
     return frontend.capacity(e.engine, mix.mean(mix.input), mix.mean(mix.output)).rate
+
+
+def _memory(e: Estimator, instance: Instance, s: State, mix: Mix) -> dict[str, Any]:
+    """How often the cache is full and what that costs a request; None where preemptions would cause ever more of them."""
+    tight = pressure(instance, s.rate, mix)
+    lasts = tight.feasible
+    return {
+        "full_share": tight.full, "preemptions_per_request": tight.preempted if lasts else None,
+        "wait_s": tight.wait if lasts else None, "repeated_s": tight.again if lasts else None,
+        "swapped_s": tight.preempted * mix.mean(swap_seconds(e, mix.input)) if lasts else None,
+    }  # fmt: skip
 
 
 def _outside(e: Estimator, s: State, mix: Mix) -> float:

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 
 Values = tuple[str, ...] | tuple[float, float]
 Key = dict[str, Values]
-Sight = Literal["input", "cached", "model", "tenant", "max_tokens", "output"]
-SIGHTS = ("input", "cached", "model", "tenant", "max_tokens", "output")
+Sight = Literal["input", "cached", "model", "tenant", "max_tokens", "images", "output"]
+SIGHTS = ("input", "cached", "model", "tenant", "max_tokens", "images", "output")
 _POINTS = 800  # sample points of all buckets together
 _FEWEST = 64  # of one bucket
 _LABELS = 8  # values of a label that are told apart; the rarer ones share a bucket
-_PARTS = {"cached": 2, "max_tokens": 2, "output": 3}  # classes of a number other than the input length
+_PARTS = {"cached": 2, "max_tokens": 2, "images": 2, "output": 3}  # classes of a number other than the input length
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,8 @@ class Bucket:
     output: np.ndarray
     cached: np.ndarray | None = None
     """Prompt tokens that an ideal cache holds; None where the trace has no block ids."""
+    images: np.ndarray | None = None
+    """Images that they carry; None where the workload has none."""
     key: Key = field(default_factory=dict)
     """Beyond the input length: the values of a label, or the range above the first up to the second number."""
     edges: tuple[float, float] = (-math.inf, math.inf)
@@ -146,6 +148,21 @@ def _with_prefixes(values: np.ndarray, points: int) -> np.ndarray:
     return np.concatenate([representatives(v[0], v, n) for v, n in parts if n and v.size], axis=1)
 
 
+def _with_images(values: np.ndarray, points: int) -> np.ndarray:
+    """Points that stand for requests [input, output, images], each of requests with like numbers of images.
+
+    Nobody sends half an image, and the time to encode none is none.
+    """
+    _, place = np.unique(values[2], return_inverse=True)
+    # Many different numbers are told apart as far as there are points: the largest together.
+    classes = np.minimum(place, max(points // 8, 2) - 1)
+    parts = []
+    for n in range(int(classes.max()) + 1):
+        mine = values[:, classes == n]
+        parts.append(representatives(mine[0], mine, max(round(points * mine.shape[1] / values.shape[1]), 1)))
+    return np.concatenate(parts, axis=1)
+
+
 def _parted(
     name: str, seen: np.ndarray, index: np.ndarray, key: Key, work: np.ndarray
 ) -> list[tuple[np.ndarray, Key]]:
@@ -185,12 +202,18 @@ def _by_input(
     groups = [g for g in np.split(index, ends) if g.size]
     upper = [float(r.input[g].max()) for g in groups]
     edges = [-math.inf, *upper[:-1], math.inf]
+    images = r.labels.get("images")
     result = []
     for k, group in enumerate(groups):
-        rows = np.stack([r.input[group], r.output[group], *([] if cached is None else [cached[group]])])
-        found = representatives(r.input[group], rows, points) if cached is None else _with_prefixes(rows, points)
+        more = cached if cached is not None else images
+        rows = np.stack([r.input[group], r.output[group], *([] if more is None else [more[group]])])
+        if more is None:
+            found = representatives(rows[0], rows, points)
+        else:
+            found = (_with_prefixes if cached is not None else _with_images)(rows, points)
         result.append(Bucket(
             float(r.input[group].min()), upper[k], group.size / len(r), found[0], found[1],
-            None if cached is None else found[2], key, (edges[k], edges[k + 1]),
+            None if cached is None else found[2], None if cached is not None or images is None else found[2], key,
+            (edges[k], edges[k + 1]),
         ))  # fmt: skip
     return result

@@ -17,6 +17,8 @@ from perfmodel.estimator import Estimator
 from perfmodel.graph import Phase
 from perfmodel.ops.shard import Group
 
+_KNOTS = 12  # numbers of tokens at which the time of a step is found
+
 
 class StepClock:
     """Tabulated step times of an Estimator. `context`: typical tokens per sequence, where the tables are fitted."""
@@ -55,13 +57,18 @@ class StepClock:
     def _evaluate(self, q: np.ndarray, c: np.ndarray | float, *, contextual: bool) -> np.ndarray:
         e = self.estimator
         schedule = e.lower(Phase((Group(1.0, q, c),))).schedule
-        seconds = roofline.cost(schedule, e.machine, contextual=contextual).seconds
+        if contextual and e.techniques:
+            # Layers with branches side by side are costed whole: what exceeds the context-free part is the context's.
+            free = roofline.cost(schedule, e.machine, contextual=False).seconds
+            seconds = roofline.cost(schedule, e.machine).seconds - free
+        else:
+            seconds = roofline.cost(schedule, e.machine, contextual=contextual).seconds
         return np.broadcast_to(np.asarray(seconds, float), q.shape).copy()
 
     def _launch_floor(self, tokens: np.ndarray) -> np.ndarray:
         """Time that launching one by one adds beyond the device's: zero for long steps, which hide it."""
         e = self.estimator
-        whole = np.asarray(e.prefill(1, tokens))
+        whole = np.asarray(e.prefill_pass(1, tokens))
         device = self._evaluate(tokens, 0.0, contextual=False) + self._evaluate(tokens, 0.0, contextual=True)
         return np.maximum(whole - device - self.host(1), 0.0)
 
@@ -119,6 +126,19 @@ class StepClock:
         seconds = self.host(batch + len(chunks)) + self.tokenwise(batch + new) + self._floor
         seconds += sum(self.attention(q, c) for q, c in chunks)
         return seconds + (self.decode_slope[batch] * total_context if batch else 0.0)
+
+    def prefill_line(self, batch: int, tokens: float) -> tuple[np.ndarray, float, np.ndarray]:
+        """A step's seconds over the tokens it prefills, attention aside: a straight line from `tokens` to a full budget.
+
+        Returns knots [token], what the line has at no tokens beyond a decode step of `batch` sequences [s], and what a step of
+        so many tokens departs from the line [s].
+        """
+        room = max(self.chunk - batch, 1.0)
+        knots = np.concatenate([[tokens], np.geomspace(1, room, _KNOTS)])
+        seconds = np.array([self.step(batch, 0.0, [(float(n), 0.0)]) - self.attention(float(n), 0.0) for n in knots])
+        each = (seconds[-1] - seconds[0]) / max(room - tokens, 1.0)
+        bend = seconds[1:] - seconds[0] - each * (knots[1:] - tokens)
+        return knots[1:], float(seconds[0] - each * tokens) - (self.decode(batch, 0.0) if batch else 0.0), bend
 
     def prefill_work(
         self, inputs: np.ndarray, batch: float, total_context: float, cached: np.ndarray | float = 0.0

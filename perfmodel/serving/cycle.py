@@ -21,8 +21,8 @@ _NODES = {1: 26, 4: 17}
 _GROUPS = 4
 _CLASSES = 6
 """Classes of own work in the laws of what interrupts a request."""
-_DOUBLINGS = 7
-"""Decode steps are followed up to 2^7; beyond them sums grow as they last did."""
+DOUBLINGS = 9
+"""Decode steps are followed up to 2^9; beyond them sums grow as they last did."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,8 +64,8 @@ class Cycle:
     load: Load
     grid: np.ndarray
     """Seconds of the cells of `gathered` and `ahead`."""
-    running: np.ndarray
-    """Mean length of the step that a request finds, per group of steps [group]."""
+    rest: np.ndarray
+    """Mean R, per group of steps [group]."""
     gathered: np.ndarray
     """P(group, R + work of the others in the gate), where all fit in one step [group, cell]."""
     ahead: np.ndarray
@@ -74,17 +74,15 @@ class Cycle:
     """P(a request starts at once)."""
     lengths: np.ndarray
     often: np.ndarray
-    """Lengths of single steps while anything decodes, and how often each comes [node]."""
+    """Lengths of single steps while anything decodes, and how often each comes [cell]."""
     own: np.ndarray
     """Work that stands for each class of requests [class]."""
     free: np.ndarray
     """P(2^k decode steps after the first token without any prefill) [k, class]."""
-    steps: np.ndarray
-    """Mean decode steps in 2^k cycles [k, class]."""
     mean: np.ndarray
-    """Mean seconds of those [k, class]."""
+    """Mean seconds of the first 2^k decode steps after the first token [k, class]."""
     variance: np.ndarray
-    """Variance of those seconds, at a fixed number of decode steps [k, class]."""
+    """Variance of those seconds [k, class]."""
 
 
 def solve(load: Load, arrivals: Renewal) -> Cycle:
@@ -106,11 +104,14 @@ def solve(load: Load, arrivals: Renewal) -> Cycle:
     grid = np.arange(cells) * cell
     onto = _onto(nodes, grid)
     if phases == 1:
-        moves = np.fft.irfft(grown[:, 0], cells, axis=1) @ onto
+        fine = np.fft.irfft(grown[:, 0], cells, axis=1)
+        moves, fine = fine @ onto, fine[:, None]
     else:
         turns = (right[:, :, None] * left[:, None]).reshape(phases, phases**2, -1)
         kernel = grown.transpose(2, 0, 1) @ turns.transpose(2, 0, 1)  # [frequency, node, phases at both ends]
-        law = onto.T @ np.fft.irfft(kernel, cells, axis=0).reshape(cells, -1)
+        whole = np.fft.irfft(kernel, cells, axis=0)
+        law = onto.T @ whole.reshape(cells, -1)
+        fine = whole.reshape(cells, count, phases, phases).sum(3).transpose(1, 2, 0)
         moves = law.reshape(count, count, phases, phases).transpose(1, 2, 0, 3).reshape(count * phases, -1)
     # An idle engine starts with the first request alone; idle and decoding share the time without prefill as given.
     starts = np.full(phases, load.idle)
@@ -128,16 +129,15 @@ def solve(load: Load, arrivals: Renewal) -> Cycle:
     groups = np.unique(np.r_[0, 1, np.linspace(1, split, _GROUPS + 1)[:-1].astype(int)])
     gathered, ahead = _waits(begun, grown, root, right, left, arrivals, seconds, cells, cell, split, groups)
     total = gathered.sum() + ahead.sum() + idle.sum()
-    time = run.sum(1) * seconds
-    often = run.sum(1) * np.maximum(nodes / load.chunk, 1.0)
-    found = np.add.reduceat(time[:split] * seconds[:split], groups) / np.maximum(
-        np.add.reduceat(time[:split], groups), 1e-300
-    )
+    rest = _rests(begun[:split, :, 0], root[:, 0], seconds[:split], groups)
+    # Backlogs on the cells: on the nodes, one that lies between two would be split.
+    often = np.tensordot(run, fine, 2) + idle.sum() * work
+    often = np.maximum(often, 0.0) * np.maximum(grid / load.chunk, 1.0)
     own, others = _others(load, begun, grown, root, right, left, arrivals, seconds, idle, cells)
     after = _after(load, moves, own, others, nodes, grid, phases)
     return Cycle(
-        load, np.maximum(np.arange(cells) - 1, 0) * cell, found, gathered / total, ahead / total,
-        float(idle.sum() / total), np.minimum(seconds, load.chunk + load.overhead),
+        load, np.maximum(np.arange(cells) - 1, 0) * cell, rest, gathered / total, ahead / total,
+        float(idle.sum() / total), np.minimum(load.seconds(grid), load.chunk + load.overhead),
         often / often.sum(), own, *after,
     )  # fmt: skip
 
@@ -218,6 +218,20 @@ def _waits(
     return gathered, np.fft.irfft(late.sum(0) * smooth, cells)
 
 
+def _rests(begun: np.ndarray, root: np.ndarray, seconds: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Mean rest T - t of the step T that a request finds, per group: those of a burst come soon after it has begun.
+
+    Requests come at time t with the density sum_k begun_k e^{root_k t}.
+    """
+    exponent = root * seconds[:, None]
+    small = np.abs(exponent) < 1e-4
+    r = np.where(small, 1.0, root)
+    count = np.where(small, seconds[:, None] * (1 + exponent / 2), np.expm1(exponent) / r)
+    rests = np.where(small, seconds[:, None] ** 2 * (0.5 + exponent / 6), (np.expm1(exponent) - exponent) / r**2)
+    found, many = (np.add.reduceat((begun * x).sum(1).real, groups) for x in (rests, count))
+    return np.asarray(found / np.maximum(many, 1e-300))
+
+
 def _others(
     load: Load, begun: np.ndarray, grown: np.ndarray, root: np.ndarray, right: np.ndarray, left: np.ndarray,
     arrivals: Renewal, seconds: np.ndarray, idle: np.ndarray, cells: int,
@@ -242,41 +256,58 @@ def _others(
 
 def _after(
     load: Load, moves: np.ndarray, own: np.ndarray, others: np.ndarray, nodes: np.ndarray, grid: np.ndarray, phases: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What a request meets in the 2^k cycles after its own: P(nothing), mean decode steps, mean and variance of the seconds.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What a request meets in the 2^k decode steps after its first token: P(no prefill), mean and variance of the seconds.
 
-    Those behind it in a gate of several steps, on average half of the others, come first.
+    A backlog of several steps is left with the chance 1/steps after each; what that chance adds to the variance is taken off
+    again (`_chance`). Those behind a request in a gate of several steps, on average half of the others, come first.
     """
-    seconds, decodes = load.seconds(nodes), np.maximum(nodes / load.chunk, 1.0)
+    tokens = np.repeat(np.maximum(nodes / load.chunk, 1.0), phases)
+    time = np.repeat(load.seconds(nodes), phases) / tokens
     state = _spread(nodes, own[:, None] + grid, others) @ moves
     steps_own = np.ceil((own[:, None] + grid / 2) / load.chunk - 1e-9)
-    behind = np.maximum(own[:, None] + grid - steps_own * load.chunk, 0.0)  # [class, cell]
+    behind = np.maximum((own[:, None] + grid) / load.chunk - steps_own, 0.0)  # steps [class, cell]
     chance = others.sum(0)
-    slowed = behind * (1 + load.overhead / load.chunk)
-    ahead_time, ahead_steps = slowed @ chance, (behind / load.chunk) @ chance
-    ahead_variance = (slowed**2) @ chance - ahead_time**2
     none_behind = (behind <= 0) @ chance
-    time, tokens = np.repeat(seconds, phases), np.repeat(decodes, phases)
-    long_run = _stationary(moves)
-    centred = time - (long_run @ time) / (long_run @ tokens) * tokens
-    quiet = moves[:phases, :phases]
-    calm = state[:, :phases]
+    quiet, calm = moves[:phases, :phases], state[:, :phases]
+    power = moves / tokens[:, None]
+    power[np.diag_indices_from(power)] += 1 - 1 / tokens
+    # Sums over the steps so far, given the first: seconds and their square; `weighed` = E[seconds; state after].
+    sums = np.column_stack([time, time**2])
+    weighed, stay = time[:, None] * power, np.eye(phases)
+    full = load.chunk + load.overhead
+    law = _stationary(moves)
+    often = law / (law @ tokens)
+    centred = often * (time - often @ (time * tokens)) ** 2
+    counts = 2.0 ** np.arange(DOUBLINGS + 1)
     free, found = [], []
-    # Sums over the cycles so far, given the first: decode steps, seconds, centred seconds and the square of these.
-    sums = np.column_stack([tokens, time, centred, centred**2])
-    power, weighed, stay = moves, centred[:, None] * moves, np.eye(phases)
-    for doubling in range(_DOUBLINGS + 1):
-        free.append((calm @ stay).sum(1) * none_behind)
+    for n in counts:
+        free.append(calm @ stay.sum(1))
         found.append(state @ sums)
-        if doubling == _DOUBLINGS:
+        if n == counts[-1]:
             break
-        # E[(A + B)^2] = E[A^2] + E[B^2] + 2 E[A B], with `weighed` = E[A; state after]; likewise the sums.
-        both = weighed @ sums[:, 2]
+        # E[(A + B)^2] = E[A^2] + E[B^2] + 2 E[A B].
+        both = weighed @ sums[:, 0]
         sums = sums + power @ sums
-        sums[:, 3] += 2 * both
+        sums[:, 1] += 2 * both
         weighed = weighed @ power + power @ weighed
         power = power @ power
         stay = stay @ stay @ quiet
-    steps, mean, middle, square = np.array(found).transpose(2, 0, 1)
-    variance = np.maximum(square - middle**2 + ahead_variance, 0.0)
-    return np.array(free), steps + ahead_steps, mean + ahead_time, variance
+    n = counts[:, None]
+    first, square = np.array(found).transpose(2, 0, 1)
+    some = (behind > 0).any(0) & (chance > 0)
+    slow = np.minimum(behind[:, some], n[:, :, None])  # [count, class, cell]
+    held, held_square = slow @ chance[some], slow**2 @ chance[some]
+    left = 1 - held / n
+    varies = np.maximum(square - first**2 - _chance(tokens, n) @ centred[:, None], 0.0)
+    spread = np.maximum(held_square - held**2, 0.0) * (full - first / n) ** 2
+    return np.array(free) * none_behind, held * full + left * first, varies * left**2 + spread
+
+
+def _chance(k: np.ndarray, n: np.ndarray) -> np.ndarray:
+    """E[overlap^2] of a window of n steps with stays of geometric length, mean k, less that with stays of k steps.
+
+    Per stay that begins in each step: 2 k^3 (n/k - 1 + e^{-n/k}) and m^2 (M - m/3), m and M the lesser and the greater of n, k.
+    """
+    least, most = np.minimum(n, k), np.maximum(n, k)
+    return np.asarray((1 - 1 / k) * (2 * k**3 * (n / k + np.expm1(-n / k)) - least**2 * (most - least / 3)))

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from perfmodel import roofline
-from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.graph import Phase, lower
 from perfmodel.ops.gemm import gemm
@@ -22,28 +21,13 @@ from perfmodel.parameters import block_weights
 from perfmodel.schedule import Node, Repeat, Seq
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.handoff import network_path
+from perfmodel.serving.images import image_tokens, vision_of
 from perfmodel.serving.queueing import Instance, Mix, State
 from perfmodel.spec.model import Attention, Block, Layers, Mlp, Model, Vision
 
 _POINTS = 64  # of each wait's law, to add independent ones
-
-
-def vision_of(model: Model) -> Vision:
-    """The model's vision tower; SpecError where it has none."""
-    if model.vision is None:
-        raise SpecError(f"{model.name} has no vision tower, so there is nothing to encode")
-    return model.vision
-
-
-def image_tokens(model: Model, height: int, width: int) -> tuple[int, int]:
-    """(patches, tokens of the language model) of an image of height x width pixels.
-
-    Sides are cut to whole merged patches, at least one: 336 x 336 at patch 14 and merge 2 is 24 x 24 = 576 patches and
-    12 x 12 = 144 tokens. Towers with a fixed number of learned positions see tiles of that size: pass a tile's.
-    """
-    v = vision_of(model)
-    sides = [max(int(side / (v.patch * v.merge)), 1) for side in (height, width)]
-    return sides[0] * sides[1] * v.merge**2, sides[0] * sides[1]
+BOUNDLESS = 1e12
+"""Tokens in the cache of an instance that keeps none."""
 
 
 def tower(v: Vision) -> Model:
@@ -93,9 +77,9 @@ def encode_seconds(e: Estimator, images: np.ndarray | float, patches: np.ndarray
 
 
 class EncodeClock(StepClock):
-    """Clock of the role `encode`: an Instance of it with role `prefill` queues requests by their number of images.
+    """Clock of the vision tower: an Instance of it with role `prefill` queues requests by their number of images.
 
-    patches: of one image. Its `Mix.input` counts images; nothing decodes and no cache is kept.
+    patches: of one image. Its `Mix.input` counts images; nothing decodes and no cache is kept. most_images: of one pass.
     """
 
     def __init__(self, estimator: Estimator, patches: float, most_images: int = 64) -> None:
@@ -103,16 +87,29 @@ class EncodeClock(StepClock):
         self.chunk, self.max_batch = most_images, most_images
         self._images = np.unique(np.geomspace(1, most_images, 24).round())
         self._seconds = encode_seconds(estimator, self._images, patches)
+        self._known: dict[int, float] = {}
 
     def host(self, sequences: float) -> float:
+        return 0.0  # part of every pass
+
+    def attention(self, q: float, c: float) -> float:
         return 0.0  # part of every pass
 
     def decode(self, batch: float, total_context: float) -> float:
         return 0.0
 
+    def seconds(self, images: int) -> float:
+        """Seconds of one pass over so many images."""
+        if images not in self._known:
+            self._known[images] = float(self.prefill_work(np.array([float(images)]), 0.0, 0.0)[0])
+        return self._known[images]
+
     def step(self, batch: int, total_context: float, chunks: list[tuple[float, float]]) -> float:
         """Seconds of one pass over the images of `chunks`."""
-        return float(self.prefill_work(np.array([sum(q for q, _ in chunks)]), 0.0, 0.0)[0])
+        images = sum(q for q, _ in chunks)
+        if images == int(images):
+            return self.seconds(int(images))
+        return float(self.prefill_work(np.array([images]), 0.0, 0.0)[0])
 
     def prefill_work(
         self, inputs: np.ndarray, batch: float, total_context: float, cached: np.ndarray | float = 0.0
@@ -123,10 +120,31 @@ class EncodeClock(StepClock):
         beyond = np.maximum(images / self._images[-1], 1.0)
         return np.where(images > 0, seconds * beyond, 0.0)
 
+    def shares(self, images_per_s: float) -> tuple[float, float]:
+        """Mean shares of the peak compute and memory rates that so many images a second demand of one device."""
+        peak = roofline.cost(tower_program(self.estimator, 1.0, self.patches), self.estimator.machine).peak
+        return float(peak["compute"]) * images_per_s, float(peak["hbm"]) * images_per_s
+
+
+def encode_clock(e: Estimator, image: tuple[int, int]) -> EncodeClock:
+    """Clock of an instance's tower for images of height x width pixels.
+
+    A pass encodes as many images as their tokens fill a step, at least one (vLLM's encoder budget: the larger of
+    max_num_batched_tokens and the tokens of one image).
+    """
+    patches, tokens = image_tokens(e.model, *image)
+    return EncodeClock(e, float(patches), max(e.engine.chunk_tokens // tokens, 1))
+
+
+def tower_bytes(e: Estimator) -> float:
+    """Bytes of the tower's weights on one device; heads that tp does not divide leave the whole tower on each."""
+    v = vision_of(e.model)
+    return v.parameters * e.formats.act.width / (e.par.tp if v.heads % e.par.tp == 0 else 1)
+
 
 def encode_instance(e: Estimator, patches: float) -> Instance:
     """One instance of an encode pool for images of `patches` patches."""
-    return Instance(EncodeClock(e, patches), "prefill", float("inf"))
+    return Instance(EncodeClock(e, patches), "prefill", BOUNDLESS)
 
 
 def embedding_seconds(encode: Estimator, prefill: Estimator, tokens: np.ndarray | float) -> np.ndarray:

@@ -10,11 +10,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from perfmodel.serving import renewal
-from perfmodel.serving.cycle import Cycle, Load, solve
+from perfmodel.serving.cycle import DOUBLINGS, Cycle, Load, solve
+from perfmodel.serving.preemption import fullness, population
 from perfmodel.serving.renewal import Renewal
 from perfmodel.serving.waiting import Waiting
 
 if TYPE_CHECKING:
+    from perfmodel.serving.clock import StepClock
     from perfmodel.serving.queueing import Instance, Mix, State
 
 _SETTLED = 0.1  # change of the batch below which the cycle need not be solved again
@@ -22,7 +24,6 @@ _ROUNDS = 2
 _OVERLAP = 0.5  # a population varies as if this share of a burst lived at the same time: E[min(D, D')]/E[D] of like requests
 _SIGMAS = 2.0
 _SHORT = 0.5  # gaps below this share of a step with one prompt count as short: their order is all that matters
-_KNOTS = 5  # numbers of prompts at which the time of a shared step is found
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,8 +54,11 @@ class Decoding:
         """P(seconds per token <= limit) of each request."""
         room = limit - self.floor
         calm = gamma_cdf(room, self.beside, self.crowd)
-        hit = gamma_cdf(room, self.beside + self.mean, self.crowd + self.variance)
-        return self.free * calm + (1 - self.free) * np.where(room >= self.beside + self.most, 1.0, hit)
+        # The least that others add: the batch rarely falls further.
+        least = np.maximum(self.beside - _SIGMAS * np.sqrt(self.crowd), 0.0)
+        over, most = self.beside - least, self.beside - least + self.most
+        hit = beta_cdf(room - least, over + self.mean, self.crowd + self.variance, most)
+        return self.free * calm + (1 - self.free) * hit
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +69,8 @@ class Law:
     """Mean decoding sequences, bursts included."""
     crowded: float
     """Batch that is rarely exceeded (mean + 2 sigma)."""
-    kv: float
-    """Cached tokens that are hardly ever exceeded (mean + 4 sigma, and the longest prompt on top), over what fits."""
+    full: float
+    """Share of time in which requests find no room in the cache."""
     busy: float
     """Share of time prefill takes when requests share steps."""
     cycle: Cycle | None
@@ -102,14 +106,11 @@ def law(instance: Instance, s: State, mix: Mix, dispersion: float) -> Law:
         chunks = instance.chunks(batch, mix)
         waiting = Waiting(cycle, cycle.load.work + (cycle.load.overhead) * chunks, alone)
     spread = 1 + (dispersion - 1) * _OVERLAP
-    life = s.work + mix.steps * decoding.tpot
-    tokens = mix.input + mix.output / 2
-    held = s.rate * mix.mean(life * tokens)
-    varies = s.rate * mix.mean(life * tokens**2) * spread
     busy = 0.0 if cycle is None else s.rate * float(cycle.load.weight @ cycle.load.work)
-    most_held = held + 2 * _SIGMAS * math.sqrt(varies) + float(mix.input.max())
+    stalled = s.rate * s.work / max(1 - busy, 1e-6) if instance.role == "colocated" else 0.0
+    held = population(instance.clock, s.rate, mix, s.work + mix.steps * decoding.tpot, batch, stalled, spread)
     return Law(
-        batch, batch + _SIGMAS * math.sqrt(batch * spread), most_held / instance.kv_tokens,
+        batch, batch + _SIGMAS * math.sqrt(batch * spread), fullness(*held, instance.kv_tokens)[0],
         busy, cycle, waiting, decoding,
     )  # fmt: skip
 
@@ -133,16 +134,20 @@ def _load(instance: Instance, rate: float, mix: Mix, batch: float, dispersion: f
     work = instance.work(mix, float(decoding))
     new = mix.new
     chunks = instance.chunks(float(decoding), mix)
-    # Prompts that share a step: its time over their number, whose secant splits the time into work and a step's own part.
+    room = max(clock.chunk - decoding, 1.0)
     tokens = max(min(mix.mean(new), clock.chunk / 4), 1.0)
-    most = int(max(clock.chunk - decoding, 2 * tokens) // tokens)
-    count = np.unique(np.geomspace(1, most, _KNOTS).round())
-    shared = np.array([clock.step(decoding, context, [(tokens, 0.0)] * int(k)) for k in count])
-    each = (shared[-1] - shared[0]) / (count[-1] - 1)
-    extra = float(shared[0] - each) - (clock.decode(decoding, context) if decoding else 0.0)
-    own = np.maximum(work - extra * chunks, 1e-6 + 0.05 * work)
-    full = max(clock.chunk - decoding, 1.0) * mix.mean(own) / max(mix.mean(new), 1e-9)
-    return Load(rate, own, mix.weight, tau, extra, full, idle, count * each, shared - shared[0] - (count - 1) * each)
+    knots, extra, bend = _line(clock, decoding, tokens)
+    last = new - (chunks - 1) * room
+    own = np.maximum(work - extra * chunks - np.interp(last, knots, bend), 1e-6 + 0.05 * work)
+    inside = mix.weight * (new <= room)
+    per_token = float(inside @ own / (inside @ new)) if inside.any() else mix.mean(own) / mix.mean(new)
+    full = room * mix.mean(own) / max(mix.mean(new), 1e-9)
+    return Load(rate, own, mix.weight, tau, extra, full, idle, knots * per_token, bend)
+
+
+@lru_cache(maxsize=512)
+def _line(clock: StepClock, decoding: int, tokens: float) -> tuple[np.ndarray, float, np.ndarray]:
+    return clock.prefill_line(decoding, tokens)
 
 
 def _decoding(
@@ -164,7 +169,9 @@ def _decoding(
     slack = 1 - min(batch * each / max(s.pure_step, 1e-12), 0.9)
     company = 2 * arrivals.excess(life / 2) * both / life
     # Beside prefill, a burst's sequences also last through the prefills of the rest of it.
-    seen = batch + 1 / slack + (company if cycle is None else company / slack)
+    if cycle is not None:
+        company = (company + _mates(cycle.load) * both / life) / slack
+    seen = batch + 1 / slack + company
     seen = np.minimum(seen, clock.max_batch)
     count = np.arange(len(clock.decode_base))
     slope = np.interp(seen, count, clock.decode_slope)
@@ -191,33 +198,46 @@ def _decoding(
     return Decoding(floor, beside, crowd, single, free, mean, variance, most)
 
 
+def _mates(load: Load) -> float:
+    """Other requests in the busy period of a request's prefill: decoding waits through it, so they decode together.
+
+    N requests in a busy period of M/G/1, each of which brings A while it is served: Var N = Var A/(1 - u)^3, Var A = u + the
+    variance of rate x work; E[N] = 1/(1 - u). The period of a request has E[N^2]/E[N] of them.
+    """
+    first, second = float(load.weight @ load.work), float(load.weight @ load.work**2)
+    busy = min(load.rate * first, 0.95)
+    brought = busy + load.rate**2 * (second - first**2)
+    return brought / (1 - busy) ** 2 + 1 / (1 - busy) - 1
+
+
 def _interrupted(cycle: Cycle, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """What prefills add to each request's n steps: mean and variance of the seconds per step, P(nothing).
 
-    Known after the doublings of the cycle, per class of own work; beyond the last, totals grow as they last did.
+    Known after each doubling of the steps, per class of own work; beyond the last, totals grow as they last did.
     """
     place = np.clip(np.interp(cycle.load.work, cycle.own, np.arange(cycle.own.size)), 0, cycle.own.size - 1)
     low = np.minimum(place.astype(int), max(cycle.own.size - 2, 0))
     part = place - low
     high = np.minimum(low + 1, cycle.own.size - 1)
-    side, steps = np.concatenate([low, high]), np.concatenate([n, n])
-    at = cycle.steps
-    k = np.clip((steps > at[:, side]).sum(0) - 1, 0, len(at) - 2)
-    start, stop = at[k, side], at[k + 1, side]
-    inside = np.clip(np.log(steps / start) / np.log(stop / start), 0, 1)
-    beyond = np.maximum(steps - at[-1, side], 0.0)
+    at = 2.0 ** np.arange(DOUBLINGS + 1)
+    k = np.minimum(np.log2(n).astype(int), DOUBLINGS - 1)
+    within = np.minimum(n / at[k] - 1, 1.0)
+    beyond = np.maximum(n - at[-1], 0.0)
 
     def per_step(total: np.ndarray) -> np.ndarray:
-        each = total / at
-        growth = ((total[-1] - total[-2]) / (at[-1] - at[-2]))[side]
-        known = each[k, side] + (each[k + 1, side] - each[k, side]) * inside
-        return np.where(beyond > 0, (total[-1, side] + beyond * growth) / steps, known)
+        each = total / at[:, None]
+        growth = (total[-1] - total[-2]) / (at[-1] - at[-2])
+        inside = np.minimum(np.log2(n) - k, 1.0)
+
+        def of(side: np.ndarray) -> np.ndarray:
+            known = each[k, side] + (each[k + 1, side] - each[k, side]) * inside
+            return np.where(beyond > 0, (total[-1, side] + beyond * growth[side]) / n, known)
+
+        return of(low) * (1 - part) + of(high) * part
 
     calm = np.log(np.maximum(cycle.free, 1e-300))
-    within = np.maximum((steps - start) / (stop - start), 0.0)
-    free = np.exp(calm[k, side] + (calm[k + 1, side] - calm[k, side]) * within)
-    parts = [x[: n.size] * (1 - part) + x[n.size :] * part for x in (per_step(cycle.mean), per_step(cycle.variance), free)]
-    return parts[0] - cycle.load.tau, parts[1], parts[2]
+    free = [np.exp(calm[k, side] + (calm[k + 1, side] - calm[k, side]) * (within + beyond / at[-2])) for side in (low, high)]
+    return per_step(cycle.mean) - cycle.load.tau, per_step(cycle.variance), free[0] * (1 - part) + free[1] * part
 
 
 def gamma_cdf(x: np.ndarray, mean: np.ndarray | float, variance: np.ndarray | float) -> np.ndarray:
@@ -229,3 +249,16 @@ def gamma_cdf(x: np.ndarray, mean: np.ndarray | float, variance: np.ndarray | fl
     scale = np.where(varies, variance, 1.0) / np.where(varies, mean, 1.0)
     found = gammainc(np.where(varies, mean, 1.0) / scale, np.maximum(x, 0.0) / scale)
     return np.where(x < 0, 0.0, np.where(varies, found, (x >= mean).astype(float)))
+
+
+def beta_cdf(
+    x: np.ndarray, mean: np.ndarray | float, variance: np.ndarray | float, most: np.ndarray | float
+) -> np.ndarray:
+    """P(Beta <= x) of a beta law on [0, most] of this mean and variance: nearly a gamma law far below `most`; of a variance
+    so large that only its ends have weight, these."""
+    from scipy.special import betainc
+
+    x, part, square = np.broadcast_arrays(np.clip(x / most, 0.0, 1.0), mean / most, variance / most**2)
+    part = np.clip(part, 1e-9, 1 - 1e-9)
+    both = np.maximum(part * (1 - part) / np.maximum(square, 1e-12) - 1, 1e-3)
+    return np.asarray(betainc(part * both, (1 - part) * both, x))

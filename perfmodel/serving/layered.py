@@ -121,6 +121,10 @@ class LayeredClock(StepClock):
         seconds = self.decode(batch, total_context) + self.host(len(chunks)) - self.host(0)
         return float(seconds + share @ self.layer_work(whole, batch))
 
+    def prefill_line(self, batch: int, tokens: float) -> tuple[np.ndarray, float, np.ndarray]:
+        """As StepClock.prefill_line: prompts of a step are in different groups of layers, so each takes its own time."""
+        return np.array([1.0, max(self.chunk - batch, 1.0)]), 0.0, np.zeros(2)
+
     def prefill_work(
         self, inputs: np.ndarray, batch: float, total_context: float, cached: np.ndarray | float = 0.0
     ) -> np.ndarray:

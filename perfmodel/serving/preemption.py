@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,9 @@ from perfmodel import memory
 from perfmodel.estimator import Estimator
 from perfmodel.kernels.transfer import host_copy_seconds
 from perfmodel.serving.clock import StepClock
-from perfmodel.serving.queueing import Instance, Mix, State
+
+if TYPE_CHECKING:
+    from perfmodel.serving.queueing import Instance, Mix, State
 
 _ROUNDS = 40
 _MOST_ELASTIC = 0.95
@@ -89,28 +91,47 @@ def pressure(
 
 def _law(clock: StepClock, s: State, rate: float, mix: Mix, limit: float) -> Pressure:
     life = s.work + mix.steps * s.step
-    # A sequence grows from its prompt to prompt and answer: the mean square of a uniform growth.
-    square = mix.input**2 + mix.input * mix.output + mix.output**2 / 3
-    plain = rate * mix.mean(life * square)
-    eta = _elasticity(clock, s.batch, mix.context)
-    stalls = 1 + rate * s.work / (1 - s.utilisation)
-    variance = plain * (mix.mean(stalls**2) + 1) / 2 / (1 - eta)
-    mean = rate * mix.mean(life * (mix.input + mix.output / 2))
+    mean, variance = population(clock, rate, mix, life, s.batch, rate * s.work / (1 - s.utilisation))
     # The pull back to the mean weakens with the batch, so the mean of X lies above the point of balance.
-    mean += eta * variance / mean
+    mean += elasticity(clock, s.batch, mix.context) * variance / mean
     prompt, answer = mix.mean(mix.input), mix.mean(mix.output)
     if limit <= mean:
         return Pressure(s, mean, math.sqrt(variance), 1.0, answer / prompt, math.inf, 0.0)
     density, below = _gamma(limit, mean, variance)
-    outside = variance * limit / (mean * (limit - mean))  # mean tokens that wait while the cache is full
-    full = density * outside / (below + density * outside)
+    full, outside = fullness(mean, variance, limit)
     preempted = answer * (full / prompt + (1 - full) * density / below)
     each = mean / (rate * mix.mean(life))
     return Pressure(s, mean, math.sqrt(variance), full, preempted, full * outside / each / rate, 0.0)
 
 
-def _elasticity(clock: StepClock, batch: float, context: float) -> float:
-    """d ln step / d ln batch."""
+def population(
+    clock: StepClock, rate: float, mix: Mix, life: np.ndarray, batch: float, stalled: np.ndarray | float, spread: float = 1.0
+) -> tuple[float, float]:
+    """Mean and variance of the cached tokens of requests that stay `life` seconds each.
+
+    stalled: prefills that come while a request's own pauses decoding, per request. spread: of the population through bursts,
+    over a Poisson one's.
+    """
+    # A sequence grows from its prompt to prompt and answer: the mean square of a uniform growth.
+    square = mix.input**2 + mix.input * mix.output + mix.output**2 / 3
+    stalls = (mix.mean((1 + stalled) ** 2 * np.ones(life.shape)) + 1) / 2
+    variance = rate * mix.mean(life * square) * spread * stalls / (1 - elasticity(clock, batch, mix.context))
+    return rate * mix.mean(life * (mix.input + mix.output / 2)), variance
+
+
+def fullness(mean: float, variance: float, limit: float) -> tuple[float, float]:
+    """Share of time in which requests find a cache of `limit` tokens full, and mean tokens that wait meanwhile."""
+    if limit <= mean:
+        return 1.0, math.inf
+    density, below = _gamma(limit, mean, variance)
+    outside = variance * limit / (mean * (limit - mean))
+    return density * outside / (below + density * outside), outside
+
+
+def elasticity(clock: StepClock, batch: float, context: float) -> float:
+    """d ln step / d ln batch; 0 where nothing decodes."""
+    if not batch:
+        return 0.0
     b = max(batch, 1.0)
     low, high = max(0.9 * b, 1.0), 1.1 * b + 1
     rise = (clock.decode(high, high * context) - clock.decode(low, low * context)) / (high - low)

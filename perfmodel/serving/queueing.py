@@ -20,6 +20,8 @@ from perfmodel.serving.latency import Law, law
 
 _MOST_BUSY = 0.98
 _SPARE_SIGMAS = 2.0  # cached bytes may exceed their mean by this many standard deviations
+_MOST_FULL = 0.04
+"""Share of time in which the cache may be full: towards the 5 % that a 95th percentile leaves, waits for memory decide it."""
 MOST_DISPERSED = 20.0
 """Dispersion up to which the forms hold: beyond, a few bursts decide, not their variance."""
 _SAME_BATCH = 1e-6
@@ -34,6 +36,8 @@ class Mix:
     weight: np.ndarray
     cached: np.ndarray | None = None
     """Tokens of the input that the prefix cache holds: attended, not computed. None: none."""
+    images: np.ndarray | None = None
+    """Images of each request, whose tokens the input holds. None: none."""
 
     def mean(self, values: np.ndarray) -> float:
         return float(np.dot(self.weight, values))
@@ -105,12 +109,15 @@ class Instance:
     """Cached tokens that fit, per instance."""
     handoff: float = 0.0
     """Seconds per input token to move the cache to a decode instance (0: colocated)."""
+    encoder: StepClock | None = None
+    """Clock of a vision tower that the instance runs itself, before the prompt that its images are in."""
 
     def work(self, mix: Mix, batch: float) -> np.ndarray:
-        """Prefill seconds of each request beside `batch` decoding sequences."""
-        if batch == 0:
-            return _alone(self.clock, mix)
-        return _beside(self.clock, mix, batch)
+        """Prefill seconds of each request beside `batch` decoding sequences, its images encoded first."""
+        found = _alone(self.clock, mix) if batch == 0 else _beside(self.clock, mix, batch)
+        if self.encoder is None or mix.images is None:
+            return found
+        return found + self.encoder.prefill_work(mix.images, 0.0, 0.0)
 
     def state(self, rate: float, mix: Mix) -> State:
         """Steady state at `rate` requests per second. Little's law is solved by bisection on the batch."""
@@ -200,8 +207,8 @@ class Instance:
         found = self.law(s, mix, dispersion)
         if found.busy > _MOST_BUSY - 0.03:
             return "prefill is within 5 % of saturation"
-        if found.kv > 1:
-            return "bursts fill the cache: requests wait for memory or are preempted"
+        if found.full > _MOST_FULL:
+            return f"the cache is full {found.full:.0%} of the time: requests wait for memory or are preempted"
         if found.crowded > self.clock.max_batch:
             return "bursts fill the batch: requests wait for a slot"
         return ""

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from perfmodel.errors import SpecError
+from perfmodel.spec.model import Model
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -29,6 +32,17 @@ class Blocks:
         start = np.concatenate([[0], np.cumsum(lengths)])
         place = np.repeat(self.start[:-1][chosen] - start[:-1], lengths) + np.arange(start[-1])
         return Blocks(self.ids[place], start, self.tokens)
+
+
+def check_positions(requests: Requests, model: Model) -> None:
+    """Raise SpecError for requests that are longer than the model's longest context; an engine would refuse them."""
+    total = requests.input + requests.output
+    beyond = int(np.count_nonzero(total > model.max_positions)) if model.max_positions else 0
+    if beyond:
+        raise SpecError(
+            f"{beyond:,} of {len(requests):,} requests exceed the {model.max_positions:,} positions of {model.name}, the longest "
+            f"with {int(total.max()):,} tokens; take a model with a longer context, or leave those requests out"
+        )
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ cannot draw the whole bandwidth either: a unit has `row_bytes_per_clock` in flig
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
@@ -18,7 +18,6 @@ import numpy as np
 from perfmodel import graph, roofline
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
-from perfmodel.machine import Machine
 from perfmodel.ops.shard import Group
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, State
@@ -29,24 +28,11 @@ _SETTLED = 1e-3
 _SEARCHED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
-def part_of(m: Machine, units: float, bandwidth: float = 1.0) -> Machine:
-    """A share of a machine's compute units with a share of its memory bandwidth."""
-    if not 0 < units <= 1:
-        raise SpecError(f"a side needs a share of the compute units in (0, 1], got {units:g}")
-    drawn = m.bandwidth
-    if m.device.compute is not None:
-        drawn = min(drawn, units * m.units * m.device.compute.clock * float(m.law["row_bytes_per_clock"]))
-    return replace(
-        m, units=m.units * units, vector=m.vector * units, exp=m.exp * units,
-        matrix={k: v * units for k, v in m.matrix.items()}, bandwidth=min(drawn, m.bandwidth * bandwidth),
-    )  # fmt: skip
-
-
 def on_part(e: Estimator, units: float, bandwidth: float = 1.0) -> Estimator:
     """An estimator whose kernels run on a part of each device; host time stays."""
     other = object.__new__(type(e))
     other.__dict__.update(e.__dict__)
-    other.machine, other._remembered = part_of(e.machine, units, bandwidth), {}
+    other.machine, other._remembered = e.machine.part(units, bandwidth), {}
     return other
 
 
@@ -69,7 +55,7 @@ class _Pass:
 
     def demand(self, bandwidth: float) -> Demand:
         """With at most a share `bandwidth` of the memory's."""
-        seconds = float(roofline.cost(self.schedule, part_of(self.machine, self.units, bandwidth)).seconds) + self.host
+        seconds = float(roofline.cost(self.schedule, self.machine.part(self.units, bandwidth)).seconds) + self.host
         return Demand(seconds, self.moved / seconds)
 
 
@@ -221,6 +207,14 @@ class SplitInstance:
     def ttft_met(self, limit: float | np.ndarray, s: SplitState, mix: Mix, dispersion: float = 1.0) -> float:
         """Share of requests with a first token within `limit` seconds: prefill is a queue of its own."""
         return s.prefill.ttft_met(limit, s.first, mix, dispersion)
+
+    def ttft_shares(self, limit: float | np.ndarray, s: SplitState, mix: Mix, dispersion: float = 1.0) -> np.ndarray:
+        """P(first token within `limit` seconds) of each request of the mix."""
+        return s.prefill.ttft_shares(limit, s.first, mix, dispersion)
+
+    def tpot_shares(self, limit: float | np.ndarray, s: SplitState, mix: Mix, dispersion: float = 1.0) -> np.ndarray:
+        """P(TPOT within `limit` seconds) of each request of the mix."""
+        return s.decode.tpot_shares(limit, s.later, mix, dispersion)
 
     def tpot_met(self, limit: float, s: SplitState, mix: Mix, dispersion: float = 1.0) -> float:
         """Share of requests whose TPOT is within `limit` seconds."""

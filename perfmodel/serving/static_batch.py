@@ -9,14 +9,14 @@ serving.queueing.Instance.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
 
 from perfmodel.serving.batch_service import POINTS, Service, decode_seconds, quantile, shrinking_seconds
 from perfmodel.serving.clock import StepClock
-from perfmodel.serving.queueing import Mix
+from perfmodel.serving.queueing import Mix, State
 
 _MOST_BUSY = 0.98
 _MOST_TESTED = 0.85  # of saturation, up to which docs/modes.md compares these forms with a simulation
@@ -51,18 +51,26 @@ class StaticInstance:
             return s.reason
         if dispersion > _MOST_DISPERSED:
             return f"arrivals of dispersion {dispersion:.3g}: beyond {_MOST_DISPERSED:g} bursts decide, not their variance"
-        return "batches are within 15 % of saturation" if s.rate > _MOST_TESTED * self.highest_rate(mix) else ""
+        return "batches are within 15 % of saturation" if s.rate > self.most_promised(mix) * (1 + 1e-9) else ""
 
     def ttft_met(self, limit: float | np.ndarray, s: StaticState, mix: Mix, dispersion: float = 1.0) -> float:
         """Share of requests whose prefill ends within `limit` seconds (one, or one per request of the mix) of their arrival."""
         bursty = s.at(dispersion)
-        if np.ndim(limit) == 0:
-            return bursty.share("ttft", float(limit))
-        return mix.mean(np.array([bursty.share("ttft", float(x)) for x in np.asarray(limit)]))
+        return mix.mean(np.broadcast_to(bursty.shares("ttft", limit), mix.weight.shape))
 
     def tpot_met(self, limit: float, s: StaticState, mix: Mix, dispersion: float = 1.0) -> float:
         """Share of requests (with two tokens or more) whose TPOT is within `limit` seconds."""
         return s.at(dispersion).share("tpot", limit)
+
+    def met(self, metric: str, limit: float | np.ndarray, s: StaticState, mix: Mix, dispersion: float = 1.0) -> float:
+        """Share of requests (itl: of tokens) whose ttft, tpot, itl, longest_gap or e2e is within `limit` seconds."""
+        return mix.mean(np.broadcast_to(s.at(dispersion).shares(metric, limit), mix.weight.shape))
+
+    def jointly_met(
+        self, ttft: float | np.ndarray, tpot: float, s: StaticState, mix: Mix, dispersion: float = 1.0
+    ) -> float:
+        """Share of requests that meet both: beside the size of its batch, a request's wait says nothing of its answer."""
+        return mix.mean(np.broadcast_to(s.at(dispersion).both(ttft, tpot), mix.weight.shape))
 
     def ttft_quantile(self, p: float, s: StaticState, mix: Mix, dispersion: float = 1.0) -> float:
         """Seconds within which a share p of requests have their first token."""
@@ -80,6 +88,10 @@ class StaticInstance:
         """Requests a batch holds: the limit, or what memory reserves for the longest."""
         longest = float(np.max(mix.input)) + float(np.max(mix.output))
         return min(self.batch, self.clock.max_batch, int(self.kv_tokens / longest))
+
+    def most_promised(self, mix: Mix) -> float:
+        """Highest rate at which these forms hold."""
+        return _MOST_TESTED * self.highest_rate(mix)
 
     def highest_rate(self, mix: Mix) -> float:
         """Requests per second of full batches, one after the other."""
@@ -109,6 +121,16 @@ class StaticState:
     @property
     def feasible(self) -> bool:
         return not self.reason
+
+    @property
+    def prompt(self) -> float:
+        """Mean tokens that a slot prefills, padding included."""
+        return self.service(max(1, round(self.mean_batch))).prompt
+
+    def snapshot(self) -> State:
+        """The same state as plain numbers."""
+        names = (x.name for x in fields(State))
+        return State(*(getattr(self, name) for name in names))
 
     def at(self, dispersion: float) -> StaticState:
         """The same load with arrivals of another dispersion; below one as at one."""
@@ -162,38 +184,47 @@ class StaticState:
         return sizes[1:], left_behind
 
     @cached_property
-    def _requests(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Weighted samples (value, weight) of TTFT, TPOT and end-to-end time over requests."""
+    def _sizes(self) -> list[tuple[float, dict[str, _Law]]]:
+        """(share of the requests, laws of their times) for each size of batch at which service times are computed."""
         waits, sizes, weights = self._waits
         u = (np.arange(POINTS) + 0.5) / POINTS
         answer = quantile(self.mix.output, self.mix.weight)(u)
         clock = self.instance.clock
-        found: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {"ttft": [], "tpot": [], "e2e": []}
         nearest = np.array([self.service(int(n)).n for n in range(1, self.slots + 1)])[sizes - 1]
+        more = answer > 1
+        found = []
         for s in self.services:
             mine = nearest == s.n
             if not np.any(mine):
                 continue
-            prefill = s.prefill
             decoding = (
                 decode_seconds(clock, s.n, s.prompt, answer) if self.instance.pads
                 else shrinking_seconds(clock, s.n, s.prompt, self.mix, answer, last=False)
             )  # fmt: skip
             wait, weight = waits[mine], weights[mine]
-            first = np.add.outer(wait, prefill).ravel()
-            spread = np.repeat(weight / prefill.size, prefill.size)
-            found["ttft"].append((first, spread))
-            more = answer > 1
-            each = decoding[more] / (answer[more] - 1)
-            found["tpot"].append((each, np.full(each.size, weight.sum() / max(each.size, 1))))
-            mean_first = wait + prefill.mean()
-            found["e2e"].append(
-                (np.add.outer(mean_first, decoding).ravel(), np.repeat(weight / answer.size, answer.size))
-            )
+            steps = answer[more] - 1
+            # Steps only get longer, so a request's last gap is its longest; its gaps grow evenly from the first.
+            first, last = (clock.decode_base[s.n] + clock.decode_slope[s.n] * s.n * (s.prompt + k) for k in (1.0, steps))
+            gaps = first + np.multiply.outer(last - first, u)
+            found.append((float(weight.sum()), {
+                "ttft": _Law(np.add.outer(wait, s.prefill).ravel(), np.repeat(weight, s.prefill.size)),
+                "tpot": _Law(decoding[more] / steps, np.ones(steps.size)),
+                "longest_gap": _Law(last, np.ones(steps.size)),
+                "itl": _Law(gaps.ravel(), np.repeat(steps, u.size)),
+                "e2e": _Law(np.add.outer(wait + s.prefill.mean(), decoding).ravel(), np.repeat(weight, answer.size)),
+            }))  # fmt: skip
+        return found
+
+    @cached_property
+    def _requests(self) -> dict[str, _Law]:
+        """Laws over all requests."""
         return {
-            name: (np.concatenate([v for v, _ in rows]), np.concatenate([w for _, w in rows]))
-            for name, rows in found.items()
-        }
+            name: _Law(
+                np.concatenate([laws[name].values for _, laws in self._sizes]),
+                np.concatenate([share * laws[name].weights / max(laws[name].total, 1e-300) for share, laws in self._sizes]),
+            )
+            for name in ("ttft", "tpot", "longest_gap", "itl", "e2e")
+        }  # fmt: skip
 
     @cached_property
     def _waits(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -257,22 +288,27 @@ class StaticState:
         return float(sizes @ np.arange(1, self.slots + 1))
 
     @cached_property
-    def utilisation(self) -> float:
-        """Share of time a batch is in service."""
+    def busy(self) -> float:
+        """Share of time a batch is in service: near one long before saturation, where batches are small."""
         sizes, _ = self._chain
         seconds = float(sizes @ np.array([self.service(n).mean for n in range(1, self.slots + 1)]))
         return self.rate * seconds / self.mean_batch
 
     @property
+    def utilisation(self) -> float:
+        """Share of time prefill takes."""
+        return self.rate * float(self.work[0])
+
+    @property
     def batch(self) -> float:
         """Mean slots in use."""
-        return self.utilisation * self.mean_batch
+        return self.busy * self.mean_batch
 
     @property
     def step(self) -> float:
         """Mean seconds between a sequence's tokens."""
-        values, weights = self._requests["tpot"]
-        return float(values @ weights / weights.sum()) if weights.sum() else 0.0
+        tpot = self._requests["tpot"]
+        return float(tpot.values @ tpot.weights / tpot.total) if tpot.total else 0.0
 
     @property
     def pure_step(self) -> float:
@@ -291,18 +327,44 @@ class StaticState:
         return self.slots * longest / self.instance.kv_tokens
 
     def share(self, metric: str, limit: float) -> float:
-        """Share of requests whose `ttft`, `tpot` or `e2e` is within `limit` seconds."""
-        values, weights = self._requests[metric]
-        return float(weights[values <= limit].sum() / weights.sum()) if weights.sum() else 1.0
+        """Share of requests whose `ttft`, `tpot`, `longest_gap` or `e2e` is within `limit` seconds; `itl`: of the tokens."""
+        return float(self.shares(metric, limit))
+
+    def shares(self, metric: str, limits: float | np.ndarray) -> np.ndarray:
+        """The same for each of several limits."""
+        return self._requests[metric].within(limits)
+
+    def both(self, ttft: float | np.ndarray, tpot: float) -> np.ndarray:
+        """Share of requests within a TTFT limit (each of several) and a TPOT limit."""
+        parts = [share * laws["ttft"].within(ttft) * laws["tpot"].within(tpot) for share, laws in self._sizes]
+        return np.asarray(np.sum(parts, axis=0))
 
     def quantile(self, metric: str, p: float) -> float:
         """Smallest time within which a share p of requests stays."""
-        values, weights = self._requests[metric]
-        if not weights.sum():
-            return 0.0
+        return self._requests[metric].quantile(p)
+
+
+class _Law:
+    """Weighted values."""
+
+    def __init__(self, values: np.ndarray, weights: np.ndarray) -> None:
         order = np.argsort(values)
-        share = np.cumsum(weights[order]) / weights.sum()
-        return float(values[order][min(int(np.searchsorted(share, p)), values.size - 1)])
+        self.values, self.weights = values[order], weights[order]
+        self.total = float(weights.sum())
+        self._upto = np.concatenate([[0.0], np.cumsum(self.weights)])
+
+    def within(self, limits: float | np.ndarray) -> np.ndarray:
+        """Share of the weight at or below each limit; one where there is none."""
+        if not self.total:
+            return np.ones(np.shape(limits))
+        return np.asarray(self._upto[np.searchsorted(self.values, limits, side="right")] / self.total)
+
+    def quantile(self, p: float) -> float:
+        """Smallest value at or below which a share p lies."""
+        if not self.total:
+            return 0.0
+        place = int(np.searchsorted(self._upto[1:] / self.total, p))
+        return float(self.values[min(place, self.values.size - 1)])
 
 
 def _counts(means: np.ndarray, counts: np.ndarray, dispersion: float) -> np.ndarray:

@@ -8,13 +8,11 @@ derivatives of these, and any file whose columns are called by common names for 
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import numpy as np
 from perfmodel.errors import SpecError, did_you_mean
 from perfmodel.serving import sharing, ticks
 from perfmodel.serving.requests import Blocks, Requests
+from perfmodel.serving.trace_file import Table, names_of, read_table
 from perfmodel.spec.workload import Trace
 
 # Names that public traces and common loggers use, lower case, words joined by _.
@@ -42,22 +41,15 @@ _NAMES = {
     "elapsed_s": ("elapsed_s", "elapsed_time"),
     "tenant": ("tenant", "tenant_id", "user_id"),
     "model": ("model", "model_name", "model_id"),
+    "images": ("images", "num_images", "numimages", "image_count"),
     "max_tokens": ("max_tokens", "max_new_tokens", "max_output_tokens"),
 }  # fmt: skip
-_LABELS = ("tenant", "model", "max_tokens")
+_ZONE = re.compile(r"[+-]\d\d:?\d\d$")
+_LABELS = ("tenant", "model", "max_tokens", "images")
+_LONGEST_DAYS = 366  # longer logs are milliseconds read as seconds, or one stray row
+_LAST_EPOCH = 1e11  # seconds since 1970: the year 5138, or 1973 in milliseconds
 
 
-@dataclass
-class _Table:
-    """A file's columns, and the line of each row for errors."""
-
-    file: str
-    columns: dict[str, Sequence[Any]]
-    header_line: int
-    line_of: Callable[[int], int]
-
-    def error(self, message: str, row: int | None = None) -> SpecError:
-        return SpecError(message, file=self.file, line=self.header_line if row is None else self.line_of(row))
 
 
 def read_trace(trace: Trace, base: Path) -> Requests:
@@ -69,88 +61,31 @@ def read_trace(trace: Trace, base: Path) -> Requests:
     Raises SpecError with the file and line of the first row that cannot be used.
     """
     path = Path(trace.file) if Path(trace.file).is_absolute() else base / trace.file
-    table = _table(_text(path), str(path))
-    names = _find_columns(table, trace)
-    kept = _kept(table, trace)
+    table = read_table(path)
+    names = find_columns(table, trace)
+    kept = kept_rows(table, trace)
     requests = _requests(table, names, kept, trace)
     order = np.argsort(requests.arrival, kind="stable")
     requests = requests.take(order).at(requests.arrival[order] - requests.arrival[order[0]])
+    days = requests.arrival[-1] / 86400
+    if days > _LONGEST_DAYS:
+        hint = "if they are milliseconds, write columns: {arrival_ms: …}"
+        raise SpecError(f"arrivals span {days:,.4g} days, over {_LONGEST_DAYS}: {hint}", file=table.file)
     tick = ticks.tick_of(requests.arrival)
     return requests if not tick else ticks.on_clock(requests, tick, spread=trace.spread_ticks)
 
 
-def _text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8-sig")
-    except UnicodeDecodeError:
-        raise SpecError("the trace is not text (CSV or JSON lines, plain or .gz)", file=str(path)) from None
-    except (OSError, EOFError, zlib.error) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SpecError(f"cannot read the trace: {reason}", file=str(path)) from None
-
-
-def _table(text: str, file: str) -> _Table:
-    lines = list(io.StringIO(text.rstrip("\r\n"), newline=""))  # ends lines where csv and json do, unlike splitlines
-    kept = [n for n, line in enumerate(lines) if not line.startswith("#")]
-    if not any(lines[n].strip() for n in kept):
-        raise SpecError("the trace is empty", file=file)
-    chosen = lines if len(kept) == len(lines) else [lines[n] for n in kept]
-    if chosen[0].lstrip().startswith("{"):
-        return _json_lines(chosen, kept, file)
-    rows = list(csv.reader(chosen))
-    header = [name.strip() for name in rows[0]]
-
-    def line_of(row: int) -> int:
-        reader = csv.reader(chosen)  # a quoted value may span lines, so rows are counted again
-        for _ in range(row + 1):
-            next(reader)
-        before = reader.line_num
-        next(reader)
-        return kept[before] + 1
-
-    table = _Table(file, {}, kept[0] + 1, line_of)
-    if len(set(header)) < len(header):
-        twice = next(name for name in header if header.count(name) > 1)
-        raise table.error(f"column {twice!r} appears twice")
-    body = rows[1:]
-    wrong = next((n for n, row in enumerate(body) if len(row) != len(header)), None)
-    if wrong is not None:
-        found = len(body[wrong])
-        message = f"{found} values where the header has {len(header)} columns" if found else "empty row"
-        raise table.error(message, wrong)
-    table.columns = dict(zip(header, zip(*body, strict=True), strict=True)) if body else dict.fromkeys(header, ())
-    return table
-
-
-def _json_lines(lines: list[str], kept: list[int], file: str) -> _Table:
-    table = _Table(file, {}, kept[0] + 1, lambda row: kept[row] + 1)
-    rows: list[dict[str, Any]] = []
-    for n, line in enumerate(lines):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            what = f"not valid JSON: {error.msg}" if line.strip() else "empty row"
-            raise table.error(what, n) from None
-        if not isinstance(row, dict):
-            raise table.error("expected one JSON object a line", n)
-        rows.append(row)
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table.columns = {name: [row.get(name) for row in rows] for name in names}
-    return table
-
-
-def _find_columns(table: _Table, trace: Trace) -> dict[str, str]:
+def find_columns(table: Table, trace: Trace) -> dict[str, str]:
     """Column of each role: those the spec names, then those found by name."""
     header = list(table.columns)
     wanted = trace.columns
     said = {role: getattr(wanted, role) for role in ("arrival_s", "arrival_ms", "input", "output", "blocks", "session",
-                                                    "think_s", "elapsed_s")}  # fmt: skip
+                                                    "think_s", "elapsed_s", "images")}  # fmt: skip
     said |= {str(label): name for label, name in wanted.labels.items()}
     named = {role: name for role, name in said.items() if name is not None}
     for name in (*named.values(), *wanted.where):
         if name not in table.columns:
-            raise table.error(f"no column {name!r}{did_you_mean(name, header)}; columns: {', '.join(header)}")
+            raise table.error(f"no column {name!r}{did_you_mean(name, header)}; columns: {names_of(header)}")
     spelled: dict[str, list[str]] = {}
     for name in header:
         spelled.setdefault(name.casefold().replace(" ", "_").replace("-", "_"), []).append(name)
@@ -175,10 +110,10 @@ def _find_columns(table: _Table, trace: Trace) -> dict[str, str]:
 def _missing(role: str, known: Sequence[str], header: list[str]) -> str:
     near = next((hint for name in header if (hint := did_you_mean(name, known))), "")
     meant = f" ({near.strip(' ()').removeprefix('did you mean ').rstrip('?')} would be found)" if near else ""
-    return f"no column for {role}{meant}: name it under 'columns'; columns: {', '.join(header)}"
+    return f"no column for {role}{meant}: name it under 'columns'; columns: {names_of(header)}"
 
 
-def _kept(table: _Table, trace: Trace) -> np.ndarray:
+def kept_rows(table: Table, trace: Trace) -> np.ndarray:
     """Rows that the spec's `where` keeps."""
     rows = len(next(iter(table.columns.values())))
     keep = np.ones(rows, bool)
@@ -195,10 +130,10 @@ def _kept(table: _Table, trace: Trace) -> np.ndarray:
     return np.flatnonzero(keep)
 
 
-def _requests(table: _Table, names: dict[str, str], kept: np.ndarray, trace: Trace) -> Requests:
-    arrival = _arrival(table, names, kept)
-    input_ = _numbers(table, names["input"], kept, least=1, whole=True)
-    output = _numbers(table, names["output"], kept, least=1, whole=True)
+def _requests(table: Table, names: dict[str, str], kept: np.ndarray, trace: Trace) -> Requests:
+    arrival = arrival_seconds(table, names, kept)
+    input_ = numbers(table, names["input"], kept, least=1, whole=True)
+    output = numbers(table, names["output"], kept, least=1, whole=True)
     blocks = _blocks(table, names["blocks"], kept, input_, trace.block_tokens) if "blocks" in names else None
     labels = {name: _label(table, name, names[name], kept) for name in _LABELS if name in names}
     requests = Requests(arrival, input_, output, blocks, labels=labels)
@@ -208,11 +143,11 @@ def _requests(table: _Table, names: dict[str, str], kept: np.ndarray, trace: Tra
     if session is None:
         return requests
     if "think_s" in names:
-        think = _numbers(table, names["think_s"], kept, least=0, blank=True)
+        think = numbers(table, names["think_s"], kept, least=0, blank=True)
         return Requests(arrival, input_, output, blocks, session, think, labels)
     requests = Requests(arrival, input_, output, blocks, session, np.full(arrival.size, np.nan), labels)
     if "elapsed_s" in names:
-        return closed_loop(requests, _numbers(table, names["elapsed_s"], kept, least=0))
+        return closed_loop(requests, numbers(table, names["elapsed_s"], kept, least=0))
     return requests
 
 
@@ -233,7 +168,7 @@ def closed_loop(requests: Requests, answer_seconds: np.ndarray) -> Requests:
     return replace(requests, think=think)
 
 
-def _arrival(table: _Table, names: dict[str, str], kept: np.ndarray) -> np.ndarray:
+def arrival_seconds(table: Table, names: dict[str, str], kept: np.ndarray) -> np.ndarray:
     """Arrival seconds. A column called only `timestamp` says its unit by what stands beside it, or must be named."""
     if "arrival_s" in names or "arrival_ms" in names:
         role = "arrival_s" if "arrival_s" in names else "arrival_ms"
@@ -253,54 +188,69 @@ def _arrival(table: _Table, names: dict[str, str], kept: np.ndarray) -> np.ndarr
     if not scale:
         hint = f"{{arrival_s: {name}}} or {{arrival_ms: {name}}}"
         raise table.error(f"column {name!r} does not say its unit: write columns: {hint}")
-    return _numbers(table, name, kept, least=0) * scale
+    seconds = numbers(table, name, kept, least=0) * scale
+    if seconds.max() > _LAST_EPOCH:
+        hint = f"write columns: {{arrival_ms: {name}}}"
+        raise table.error(f"column {name!r} holds {seconds.max() / scale:.6g}, too late for seconds: {hint}")
+    return seconds
 
 
 def _is_date(text: str) -> bool:
     return len(text) > 10 and text[4:5] == "-" and text[7:8] == "-"
 
 
-def _dates(table: _Table, name: str, kept: np.ndarray) -> np.ndarray:
+def _dates(table: Table, name: str, kept: np.ndarray) -> np.ndarray:
     """Seconds from dates such as ``2023-11-16 18:15:46.6805900`` or ``2024-05-10T00:00:00.1+02:00``."""
     cells = [str(table.columns[name][n]).strip() for n in kept]
     seconds, offset = np.empty(len(cells)), np.zeros(len(cells))
     zones: dict[str, float] = {}
     bare = []
     for n, text in enumerate(cells):
-        zone = "Z" if text[-1:] in "Zz" else text[-6:] if text[-6:-5] in ("+", "-") and text[-3:-2] == ":" else ""
+        zone = "Z" if text[-1:] in ("Z", "z") else found[0] if (found := _ZONE.search(text)) else ""
         if zone and zone not in zones:
-            zones[zone] = 0.0 if zone == "Z" else (1 if zone[0] == "+" else -1) * (int(zone[1:3]) * 3600 + int(zone[4:]) * 60)
+            zones[zone] = 0.0 if zone == "Z" else (1 if zone[0] == "+" else -1) * (int(zone[1:3]) * 3600 + int(zone[-2:]) * 60)
         offset[n] = zones.get(zone, 0.0)
         bare.append(text[: len(text) - len(zone)])
-    try:
-        stamps = np.array(bare, "datetime64[ns]")
-    except ValueError:
-        for n, text in enumerate(bare):
-            try:
-                np.datetime64(text, "ns")
-            except ValueError:
-                raise table.error(f"column {name!r} holds {cells[n]!r}, not a date and time", int(kept[n])) from None
-        raise
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # NumPy's of a time zone, which none of these has any more
+        try:
+            stamps = np.array(bare, "datetime64[ns]")
+        except (ValueError, UserWarning):
+            stamps = np.array([_stamp(text) for text in bare])
+    if np.isnat(stamps).any():
+        n = int(np.argmax(np.isnat(stamps)))
+        raise table.error(f"column {name!r} holds {cells[n]!r}, not a date and time", int(kept[n]))
     seconds = (stamps - stamps[0]) / np.timedelta64(1, "ns") * 1e-9
     seconds = seconds - offset + offset[0]
     return np.asarray(seconds - seconds.min())
 
 
-def _numbers(
-    table: _Table, name: str, kept: np.ndarray, *, least: float, whole: bool = False, blank: bool = False
+def _stamp(text: str) -> np.datetime64:
+    """NaT for what is no date."""
+    try:
+        return np.datetime64(text, "ns")
+    except (ValueError, UserWarning):
+        return np.datetime64("NaT", "ns")
+
+
+def numbers(
+    table: Table, name: str, kept: np.ndarray, *, least: float, whole: bool = False, blank: bool = False
 ) -> np.ndarray:
     """A column of finite numbers of at least `least`; with `blank`, empty cells are nan."""
     cells = table.columns[name]
     chosen = cells if kept.size == len(cells) else [cells[n] for n in kept]
     if blank:
         chosen = ["nan" if cell in ("", None) else cell for cell in chosen]
+    if any(isinstance(cell, (bool, list)) for cell in chosen):  # JSON's, which NumPy would read as numbers
+        n, cell = next((n, c) for n, c in zip(kept, chosen, strict=True) if isinstance(c, (bool, list)))
+        raise table.error(f"column {name!r} holds {json.dumps(cell)}, not a number", int(n))
     try:
         values = np.array(chosen, dtype=float)
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, OverflowError):
         for n, cell in zip(kept, chosen, strict=True):
             try:
                 float(cell)
-            except (ValueError, TypeError):
+            except (ValueError, TypeError, OverflowError):
                 shown = "no value" if cell is None else f"{cell!r}, not a number"
                 raise table.error(f"column {name!r} holds {shown}", int(n)) from None
         raise
@@ -318,14 +268,16 @@ def _numbers(
     return values
 
 
-def _label(table: _Table, role: str, name: str, kept: np.ndarray) -> np.ndarray:
+def _label(table: Table, role: str, name: str, kept: np.ndarray) -> np.ndarray:
+    if role == "images":
+        return numbers(table, name, kept, least=0, whole=True)
     if role == "max_tokens":
-        return _numbers(table, name, kept, least=1, blank=True)
+        return numbers(table, name, kept, least=1, blank=True)
     cells = table.columns[name]
     return np.array(["" if cells[n] is None else str(cells[n]) for n in kept])
 
 
-def _sessions(table: _Table, names: dict[str, str], kept: np.ndarray) -> np.ndarray | None:
+def _sessions(table: Table, names: dict[str, str], kept: np.ndarray) -> np.ndarray | None:
     """Session numbers of the rows, -1 for none; None where the file has no such column."""
     if "session" in names:
         cells = table.columns[names["session"]]
@@ -344,7 +296,7 @@ def _sessions(table: _Table, names: dict[str, str], kept: np.ndarray) -> np.ndar
     return np.where(np.array(keys) == "", -1, session - int(values[0] == ""))
 
 
-def _blocks(table: _Table, name: str, kept: np.ndarray, input_: np.ndarray, tokens: int) -> Blocks:
+def _blocks(table: Table, name: str, kept: np.ndarray, input_: np.ndarray, tokens: int) -> Blocks:
     cells = table.columns[name]
     lists: list[list[Any]] = []
     for n in kept:

@@ -41,7 +41,8 @@ def fit(requests: Requests, source: str = "") -> FittedWorkload:
     """Describe requests without content. Raises SpecError for fewer than 50 requests, or all at one time."""
     n = len(requests)
     if n < _LEAST or requests.arrival[-1] <= requests.arrival[0]:
-        raise SpecError(f"{n} requests over {requests.arrival[-1]:g} s are too few to fit; it takes {_LEAST}", file=source)
+        last = requests.arrival[-1]
+        raise SpecError(f"too few requests: {n} over {last:g} s, where a fit takes {_LEAST} at different times", file=source)
     span = float(requests.arrival[-1]) * n / (n - 1)
     windows, levels = _grid(n, span, requests.tick)
     if requests.tick:

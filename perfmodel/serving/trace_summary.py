@@ -27,7 +27,7 @@ def summary(requests: Requests) -> dict[str, Any]:
         "requests": len(r), "span_s": span, "clock_tick_s": r.tick or None,
         "rate": {"mean": len(r) / span if span else None, "peaks": _peaks(r, span)},
         "dispersion": {
-            "cv": math.sqrt(arrivals.squared_cv(r.arrival)),
+            "cv": math.sqrt(arrivals.squared_cv(r.arrival)) if len(r) > 2 and span else None,
             "index_of_dispersion": {f"{w:g}": _or_none(arrivals.index_of_dispersion(r.arrival, w)) for w in arrivals.WINDOWS},
             "peak_to_mean_1s": arrivals.peak_to_mean(r.arrival, 1.0) if span else None,
         },

@@ -8,13 +8,12 @@ import numpy as np
 
 from perfmodel.serving.cycle import Cycle
 
-_CLASSES = 10
+_CLASSES = 7
 _SINGLE = 12  # cells that are bins of their own
 _BINS = 28
-_NOTHING = 1e-7
+_NOTHING = 1e-6
 _AFTER = 1 + 1e-9
 _PARTS = (1 / 6, 1 / 2, 5 / 6)
-_PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
 class Waiting:
@@ -40,13 +39,13 @@ class Waiting:
         work, first = middle(load.work), middle(own)
         waits, chance = _waits(cycle, work)
         if not chance.size:
-            waits, chance = np.zeros((work.size, 1)), np.zeros(1)
+            waits, chance = np.zeros((work.size, 1)), np.zeros((work.size, 1))
         values = waits + first[:, None]
-        self.mean = float(share @ (values @ chance)) + cycle.idle * float(load.weight @ alone)
+        self.mean = float(share @ (values * chance).sum(1)) + cycle.idle * float(load.weight @ alone)
         place = np.argsort(values, axis=1, kind="stable")
         values = np.take_along_axis(values, place, axis=1)
         # Weights of cells may be negative by rounding: a law never falls.
-        below = np.maximum.accumulate(np.cumsum(chance[place], axis=1), axis=1)
+        below = np.maximum.accumulate(np.cumsum(np.take_along_axis(chance, place, axis=1), axis=1), axis=1)
         self._share = np.maximum(below / np.maximum(below[:, -1:], 1e-300), 0.0)
         self._idle, self._alone = cycle.idle, alone
         self._span = float(values.max()) * _AFTER
@@ -71,7 +70,7 @@ class Waiting:
 
 
 def _waits(cycle: Cycle, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Seconds beyond a request's own prefill [class, point], and their probability [point]."""
+    """Seconds beyond a request's own prefill, and their probability [class, point]."""
     load = cycle.load
     busy = load.rate * float(load.weight @ load.work)
     full = load.chunk + load.overhead
@@ -80,37 +79,50 @@ def _waits(cycle: Cycle, work: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     alone = load.seconds(own)
     start, width = _bins(cycle.grid.size)
     middle = np.add.reduceat(cycle.grid, start) / width
-    # Requests that share a step, behind a running one of its group's length.
+    found, chance = [], []
+
+    def add(values: np.ndarray, weights: np.ndarray) -> None:
+        shape = np.broadcast_shapes(values.shape, weights.shape)
+        found.append(np.broadcast_to(values, shape))
+        chance.append(np.broadcast_to(weights, shape))
+
+    def later(seconds: np.ndarray, room: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """P(nothing comes in so many seconds), and what comes otherwise, as far as it has room in the last step."""
+        nothing = np.exp(-load.rate * seconds)
+        return nothing, np.minimum(busy * seconds / np.maximum(1 - nothing, 1e-12), room)
+
+    # Requests that share a step, behind a running one of its group.
     weight = np.add.reduceat(cycle.gathered, start, axis=1)
     group, bin_ = np.nonzero(np.abs(weight) > _NOTHING)
     seconds, weight = middle[bin_], weight[group, bin_]
-    rest = np.minimum(cycle.running[group] / 2, seconds)
+    rest = np.minimum(cycle.rest[group], seconds)
     others = seconds - rest
     fits = others <= load.chunk - work[-1]
-    found = [rest[fits] + load.seconds(own + others[fits]) - alone]
-    chance = [weight[fits]]
+    add(rest[fits] + load.seconds(own + others[fits]) - alone, weight[fits])
     if not fits.all():
         # Where the gate exceeds a budget of tokens it matters how many stand before the request: evenly many.
         rest, others, weight = rest[~fits], others[~fits], weight[~fits]
         together = load.seconds(own + others) - alone
         one_step = own + others <= load.chunk
-        for place in _PLACES:
+        for place in _PARTS:
             steps = np.maximum(np.ceil((own + others * place) / load.chunk - 1e-9), 1)
-            served = np.minimum(own + others + busy * (steps - 1) * full, steps * load.chunk) - own
-            found.append(rest + np.where(one_step, together, served + (steps - least) * load.overhead))
-            chance.append(weight / len(_PLACES))
+            served = np.minimum(own + others, steps * load.chunk)
+            nothing, more = later((steps - 1) * full, steps * load.chunk - served)
+            for extra, part in ((0.0, nothing), (more, 1 - nothing)):
+                late = served + extra - own + (steps - least) * load.overhead
+                add(rest + np.where(one_step, together, late), weight / len(_PARTS) * part)
     weight = np.add.reduceat(cycle.ahead, start)
     some = np.abs(weight) > _NOTHING
     seconds, weight = middle[some], weight[some]
-    for part in _PARTS if seconds.size else ():
-        rest = np.minimum(part * full, seconds)
+    for share in _PARTS if seconds.size else ():
+        rest = np.minimum(share * full, seconds)
         place = own + (seconds - rest) / (1 + load.overhead / load.chunk)
         steps = np.maximum(np.ceil(place / load.chunk - 1e-9), 1)
         # Those behind fill what is left of the last step.
-        filled = np.minimum(steps * load.chunk - place, busy * (rest + (steps - 1) * full))
-        found.append(seconds + filled)
-        chance.append(weight / len(_PARTS))
-    return np.concatenate(found, axis=1), np.concatenate(chance)
+        nothing, more = later(rest + (steps - 1) * full, steps * load.chunk - place)
+        for extra, part in ((0.0, nothing), (more, 1 - nothing)):
+            add(seconds + extra, weight / len(_PARTS) * part)
+    return np.concatenate(found, axis=1), np.concatenate(chance, axis=1)
 
 
 @lru_cache(maxsize=8)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,9 @@ class Workload:
     before: Requests | None = None
     """Where prompts share blocks: what came before the window (negative arrivals), since a prefix cache is warm when it opens."""
 
+    image: tuple[int, int] | None = None
+    """Pixels of the images that requests carry (label `images`), height and width; None: none carries any."""
+
     @property
     def tick(self) -> float:
         """Seconds of the coarse clock that the trace was logged by; 0: a fine one."""
@@ -66,6 +70,10 @@ class Workload:
     def sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(input, output, weight) of a deterministic stratified sample: joint lengths and both means kept, the longest tenth of
         prompts with a third of the points."""
+        return self._sample
+
+    @cached_property
+    def _sample(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         r = self.requests
         order = np.argsort(r.input, kind="stable")
         cut = round(0.9 * order.size)
@@ -78,16 +86,19 @@ class Workload:
         return inputs, outputs, weight
 
 
-def build(spec: WorkloadSpec, base: Path, load: float, seed: int) -> Workload:
+def build(spec: WorkloadSpec, base: Path, load: float, seed: int, *, at_once: bool = False) -> Workload:
     """The workload to plan for: the peak or another window, the whole trace, or a given rate, times load and headroom.
 
     `scale` says how the rate is multiplied (`arrivals.scaled`). Not said, a given rate compresses the trace's clock to it,
-    and the load is superposed above 1 and thinned below.
+    and the load is superposed above 1 and thinned below. at_once: a whole trace may also be one batch, all sent at the same
+    time, whose rate is infinite; else SpecError, as for a trace that cannot be read.
     """
     if spec.lengths is not None:
         return _fixed(spec.lengths.input, spec.lengths.output, spec.rate.value * load * (1 + spec.headroom), load, seed)
     whole, file = _source(spec, base, seed)
     span = float(whole.arrival[-1]) if len(whole) > 1 else 0.0
+    if span <= 0 and at_once and spec.rate.kind == "mean" and load == 1:
+        return Workload(whole, float("inf"), 0.0, 1.0, load, f"{len(whole)} requests at once")
     if span <= 0:
         raise SpecError("all requests arrive at the same time: no rate can be read from the trace", file=file)
     chosen, span, described = _window(whole, span, spec.rate)

@@ -140,6 +140,10 @@ class Supports(Spec):
     """Default, or none."""
     disaggregation: tuple[str, ...] = ()
     """Transports of keys and values between prefill and decode instances; empty: not at all."""
+    encoders: tuple[str, ...] = ()
+    """Transports of embeddings from encode instances; empty: not at all."""
+    encoder_tp: int = 1
+    """Devices of an encode instance at most."""
     tp: bool = True
     pp: bool = True
     ep: bool = True

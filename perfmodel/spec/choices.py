@@ -9,15 +9,16 @@ from pydantic import Field, model_validator
 from perfmodel.spec.base import Count, Fraction, Spec
 from perfmodel.spec.deployment import Routing
 
-PlannedPolicy = Literal["chunked", "whole", "layered", "split"]
-PlannedRole = Literal["colocated", "prefill", "decode"]
-Seen = Literal["input", "cached", "tenant", "model", "max_tokens"]
+PlannedPolicy = Literal["chunked", "whole", "static", "layered", "split"]
+PlannedRole = Literal["colocated", "prefill", "decode", "encode"]
+Seen = Literal["input", "cached", "tenant", "model", "max_tokens", "images"]
 
 
 class Choices(Spec):
     """Every list is a choice; the planner tries the product."""
 
     roles: tuple[PlannedRole, ...] = ("colocated",)
+    """encode: pools of vision towers alone, which serve colocated and prefill instances that leave the encoding to them."""
     weight_dtype: tuple[str, ...] = ()
     """Empty: the checkpoint's own format. Formats narrower than that must also be named under `allow`."""
     kv_dtype: str | None = None
@@ -37,8 +38,11 @@ class Choices(Spec):
     """Tokens of a step; empty: the engine's default."""
     prefill_share: tuple[Fraction, ...] = (0.3, 0.5, 0.7)
     """Shares of the compute units for prefill that the policy `split` may take."""
+    encode_share: tuple[Fraction, ...] = (0.3, 0.5, 0.7)
+    """Shares of a TTFT limit that encode pools may take; the hand-off of embeddings and prefill get the rest."""
     engine: str = "vllm"
-    techniques: tuple[str, ...] = ()
+    techniques: tuple[str | tuple[str, ...], ...] = ()
+    """Each item, a technique or several together, is tried beside none at all. Lossy ones must also be named under `allow`."""
     mem_fraction: float | None = Field(default=None, gt=0, le=1)
     tp_across_nodes: bool = False
     buckets: int = Field(default=4, ge=1, le=64)
@@ -63,8 +67,12 @@ class Choices(Spec):
 
     @model_validator(mode="after")
     def _consistent(self) -> Choices:
-        if self.techniques:
-            raise ValueError(f"no technique is known by the name {self.techniques[0]!r}: leave the list empty")
+        if not self.roles or ("prefill" in self.roles) != ("decode" in self.roles):
+            raise ValueError("roles: prefill and decode pools need each other; write [colocated], [prefill, decode] or all three")
+        if "encode" in self.roles and not {"colocated", "prefill"} & set(self.roles):
+            raise ValueError("encode pools serve others: add colocated, or prefill and decode, to the roles")
+        if not self.encode_share or not all(0 < share < 1 for share in self.encode_share):
+            raise ValueError("encode_share lists shares between 0 and 1")
         if "cached" in self.bucket_by and not self.prefix_caching:
             raise ValueError("bucket_by cached needs prefix_caching: true")
         return self

@@ -38,9 +38,15 @@ class PoolSpec(Spec):
     weight_dtype: str | None = None
     """None: the checkpoint's own."""
     kv_dtype: str | None = None
+    techniques: tuple[str, ...] = ()
+    """Such as ``kv-quantization:bits=4`` or a preset's name (`perfmodel techniques list`)."""
     policy: Policy = "chunked"
     """How prefill and decode share the device: in chunks beside decode steps, whole prompts between them, batches that start and
     end together, one group of layers a step, or a split of its compute units."""
+    encodes: bool | None = None
+    """Whether its instances encode the images of their prompts themselves; None: unless there are encode pools."""
+    encode_share: Fraction = 0.0
+    """Of a TTFT limit, which the plan gave to encode pools; 0: this pool has nothing to do with any."""
     prefill_share: Fraction = 0.5
     """Compute units that prefill gets under the policy `split`."""
     max_batch: Natural = 0
@@ -65,6 +71,14 @@ class Deployment(Spec):
     """How a pool's requests are dealt to its instances."""
     prefix_caching: bool = False
     mem_fraction: float | None = Field(default=None, gt=0, le=1)
+    image: tuple[Count, Count] | None = None
+    """Pixels of the images that it was planned for, height and width; None: for none."""
+
+    def fed(self, pool: PoolSpec) -> bool:
+        """Whether a pool's prompts come with embeddings that an encode pool has made."""
+        if pool.role not in ("colocated", "prefill") or pool.encodes:
+            return False
+        return pool.encodes is False or any(p.role == "encode" for p in self.pools)
 
     @model_validator(mode="after")
     def _whole(self) -> Deployment:
@@ -72,6 +86,8 @@ class Deployment(Spec):
         if ("prefill" in roles) != ("decode" in roles):
             missing = "decode" if "prefill" in roles else "prefill"
             raise ValueError(f"prefill and decode pools need each other: there is no {missing} pool")
+        if "encode" not in roles and any(p.encodes is False for p in self.pools):
+            raise ValueError("a pool with `encodes: false` needs an encode pool, and there is none")
         if not roles & {"colocated", "prefill"}:
             raise ValueError("no pool takes requests: add a colocated or a prefill pool")
         return self

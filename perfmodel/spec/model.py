@@ -21,6 +21,8 @@ class Attention(Spec):
     heads: Count
     kv_heads: Count
     head_dim: Count
+    q_rank: Natural = 0
+    """Rank of a factored query projection (multi-matrix factorisation attention, arXiv:2412.19255); 0: one matrix."""
     window: Count | None = None
     """Sliding window in tokens (or local chunk length); None attends to everything."""
     qkv_bias: bool = False
@@ -170,6 +172,9 @@ class Block(Spec):
     """layer: LayerNorm with weight and bias; none: no parameters."""
     parallel: bool = False
     """Mixer and feed-forward read the same normed input and are added together (GPT-J, Falcon, Phi)."""
+    modulation: Natural = 0
+    """Vectors of width `hidden` that a projection of each sequence's condition gives the layer (adaLN-Zero of
+    diffusion transformers, arXiv:2212.09748: 6, to scale, shift and gate mixer and feed-forward)."""
     extra_parameters: Natural = 0
     """Stored parameters of a layer that cost no matrix work (layer scales, per-layer vectors)."""
 

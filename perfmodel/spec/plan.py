@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
-from perfmodel.spec.base import Spec
+from perfmodel.spec.base import Natural, Spec
 from perfmodel.spec.choices import Choices
 from perfmodel.spec.fleet import FleetItem, Limits, Profile, Region, Resilience, Startup
 from perfmodel.spec.workload import Workload
@@ -39,7 +39,7 @@ class PlanFile(Spec):
     objective: Objective = "cost"
     confidence: float = Field(default=0.5, ge=0.5, lt=1)
     """Probability with which the promises hold, given how sure the times of each device and stack are."""
-    seed: int = 1
+    seed: Natural = 1
 
     @model_validator(mode="before")
     @classmethod

@@ -10,7 +10,10 @@ import numpy as np
 from pydantic import BeforeValidator, Field, PlainValidator, model_validator
 
 from perfmodel import units
-from perfmodel.spec.base import Count, Fraction, Spec, Time
+from perfmodel.spec.base import Count, Fraction, Natural, Spec, Time
+
+Label = Literal["tenant", "model", "max_tokens"]
+"""Further columns that a router sees on arrival."""
 
 
 class Columns(Spec):
@@ -27,7 +30,9 @@ class Columns(Spec):
     """Seconds between the answer to the session's previous turn and this request."""
     elapsed_s: str | None = None
     """Seconds from arrival to last token where the trace was taken: what is left of the gap to the next turn is think time."""
-    labels: dict[Literal["tenant", "model", "max_tokens"], str] = {}
+    images: str | None = None
+    """Images of each request."""
+    labels: dict[Label, str] = {}
     where: dict[str, str] = {}
 
     @model_validator(mode="after")
@@ -53,6 +58,26 @@ class Lengths(Spec):
 
     input: Count
     output: Count
+
+
+class Images(Spec):
+    """Images in the prompts of a model with a vision tower, all of one size."""
+
+    height: Count
+    """Pixels."""
+    width: Count
+    per_request: Natural | dict[int, float] | None = None
+    """How many a request carries: a number, or the share of the requests by number (``{0: 0.6, 1: 0.4}``), drawn independently of
+    the lengths. None: what the trace's column says."""
+    counted: bool = False
+    """Whether the input lengths hold the images' tokens already."""
+
+    @model_validator(mode="after")
+    def _shares(self) -> Images:
+        said = self.per_request
+        if isinstance(said, dict) and (not said or any(n < 0 or share <= 0 for n, share in said.items())):
+            raise ValueError("per_request lists numbers of images with positive shares, such as {0: 0.6, 1: 0.4}")
+        return self
 
 
 class Limit(float):
@@ -179,7 +204,7 @@ def _rate(value: Any) -> RateSpec:
     if kind == "percentile":
         if not inside:
             raise ValueError("percentile needs a number: write percentile(95) or percentile(95, 300 s)")
-        share = float(inside.pop(0)) / 100
+        share = units.parse(inside.pop(0), "ratio") / 100
         if not 0 < share < 1:
             raise ValueError("a percentile lies between 0 and 100")
     window = units.parse(inside.pop(0), "time") if inside else 300.0
@@ -195,6 +220,8 @@ class Workload(Spec):
     lengths: Lengths | None = None
     fitted: str | None = None
     """A workload file written by `perfmodel trace fit`."""
+    images: Images | None = None
+    """Images in the prompts; a tower of the model encodes them before prefill."""
     rate: Annotated[RateSpec, BeforeValidator(_rate)] = RateSpec("peak")
     """mean | peak(window) | percentile(p, window) of the trace, or requests per second."""
     load: tuple[float, ...] = (1.0,)

@@ -23,6 +23,11 @@ _BOOL = re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$")
 _INT = re.compile(r"^[-+]?[0-9]+(?:_[0-9]+)*$")
 _FLOAT = re.compile(r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$")
 _QUOTED = re.compile(r"'([^']*)'")
+_BOUNDS = {"greater_than_equal": ("at least", "ge"), "less_than_equal": ("at most", "le"), "greater_than": ("above", "gt"),
+           "less_than": ("below", "lt")}  # fmt: skip
+_KINDS = {"int_type": "a whole number", "int_from_float": "a whole number", "float_type": "a number", "string_type": "text",
+          "bool_type": "true or false", "bool_parsing": "true or false", "tuple_type": "a list", "list_type": "a list",
+          "dict_type": "a mapping", "model_type": "a mapping", "finite_number": "a finite number"}  # fmt: skip
 _SPECIAL = {".inf": float("inf"), "-.inf": float("-inf"), ".nan": float("nan")}
 
 
@@ -97,7 +102,8 @@ def parse(text: str, file: str = "<text>") -> Document:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise SpecError(f"not valid YAML: {reason}", file=file, line=mark.line + 1 if mark else None) from None
+        kind = "JSON" if file.endswith(".json") else "YAML"
+        raise SpecError(f"not valid {kind}: {reason}", file=file, line=mark.line + 1 if mark else None) from None
     if node is None:
         raise SpecError("the file is empty", file=file)
     lines: dict[Key, int] = {}
@@ -150,6 +156,13 @@ def _first_problem(error: ValidationError, document: Document, model: type[BaseM
     if kind == "missing":
         return SpecError(f"missing key {name!r}", file=document.file, line=line)
     message = problem["msg"].removeprefix("Value error, ")
+    if kind == "too_short":
+        message = f"must list at least {problem['ctx']['min_length']}, got {problem['ctx']['actual_length']}"
+    elif kind in _BOUNDS:
+        word, key = _BOUNDS[kind]
+        message = f"must be {word} {problem['ctx'][key]:g}, got {problem['input']!r}"
+    elif kind in _KINDS:
+        message = f"must be {_KINDS[kind]}, got {problem['input']!r}"
     if kind == "union_tag_invalid":
         tag, expected = str(problem["ctx"]["tag"]), str(problem["ctx"]["expected_tags"])
         message = f"{tag!r} is not one of {expected}{did_you_mean(tag, re.findall(_QUOTED, expected))}"

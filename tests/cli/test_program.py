@@ -18,7 +18,7 @@ from perfmodel.cli import main
 
 VERBS = (
     "estimate", "explain", "plan", "replay", "report", "emit", "lint", "place", "validate", "calibrate", "ingest", "measure-next",
-    "trace", "models", "hardware",
+    "trace", "techniques", "papers", "models", "hardware",
 )  # fmt: skip
 HEAVY = ("numpy", "sympy", "pulp", "highspy", "plotly", "jinja2", "pydantic", "yaml", "rich", "torch")
 PROGRAM = "from perfmodel.cli import main; main()"
@@ -77,6 +77,11 @@ def test_help_names_every_verb(cli: Callable[..., Any], arguments: tuple[str, ..
         ("estimate",),
         ("explain",),
         ("plan",),
+        ("techniques", "list"),
+        ("techniques", "show"),
+        ("papers", "list"),
+        ("papers", "show"),
+        ("papers", "run"),
         ("models", "list"),
         ("models", "show"),
         ("hardware", "list"),
@@ -93,7 +98,8 @@ def test_every_verb_has_help_and_json(cli: Callable[..., Any], verb: tuple[str, 
 
 def test_explain_takes_the_options_of_estimate() -> None:
     estimate, explain = (main.get_command(None, verb) for verb in ("estimate", "explain"))
-    assert {o for p in estimate.params for o in p.opts} == {o for p in explain.params for o in p.opts}
+    more = {"--paper"}
+    assert {o for p in estimate.params for o in p.opts} | more == {o for p in explain.params for o in p.opts}
 
 
 def test_version(cli: Callable[..., Any]) -> None:

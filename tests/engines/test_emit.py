@@ -189,8 +189,35 @@ def test_encoders_are_known_to_those_they_serve() -> None:
     words = next(c["command"] for o in objects if o["metadata"]["name"] == "vl-engine" and "template" in o["spec"] for c in _containers(o))
     assert words[words.index("--encoder-urls") + 1] == "http://vl-encode:8000"
     assert {o["metadata"]["name"] for o in objects if o["kind"] == "Service"} >= {"vl-encode", "vl-engine"}
-    with pytest.raises(SpecError, match="--engine sglang"):
-        launches(deployment(*pools, model="qwen2.5-vl-72b"), "vllm")
+    with pytest.raises(SpecError, match="no encoder-only server"):
+        launches(deployment(*pools, model="qwen2.5-vl-72b"), "trtllm")
+
+
+def test_vllm_hears_of_embeddings_on_a_port_of_each_rank() -> None:
+    """https://docs.vllm.ai/en/latest/features/mooncake_ec_connector_usage/"""
+    encode, language = launches(deployment({"role": "encode", "replicas": 2}, {"tp": 4, "replicas": 2}, model="qwen2.5-vl-72b"), "vllm")
+    sent, heard = (json.loads(x.words[x.words.index("--ec-transfer-config") + 1]) for x in (encode, language))
+    assert (sent["ec_connector"], sent["ec_role"], heard["ec_role"]) == ("ECMooncakeConnector", "ec_producer", "ec_consumer")
+    assert "--mm-encoder-only" in encode.words
+    assert "--enable-mm-embeds" in language.words
+    script = shell.script([encode, language])
+    # Pool 2 stands 100 ports above pool 1; its second instance after the four ranks of the first.
+    assert '"ec_port": 14679' in script
+    assert '"ec_port": 14683' in script
+    assert "--ec-consumer-zmq-addrs tcp://engine-0:14679,tcp://engine-0:14683" in script
+    with pytest.raises(SpecError, match="fixed addresses"):
+        kubernetes.text([encode, language], "vl")
+    with pytest.raises(SpecError, match="takes 1"):
+        launches(deployment({"role": "encode", "tp": 2}, {"tp": 4}, model="qwen2.5-vl-72b"), "vllm")
+
+
+def test_only_pools_that_leave_their_images_to_encoders_hear_of_them() -> None:
+    pools = ({"role": "encode"}, {"tp": 4, "encodes": True}, {"tp": 4, "encodes": False})
+    _, alone, fed = launches(deployment(*pools, model="qwen2.5-vl-72b"), "sglang")
+    assert "--encoder-urls" not in alone.words
+    assert "--encoder-urls" in fed.words
+    with pytest.raises(ValueError, match="needs an encode pool"):
+        deployment({"tp": 4, "encodes": False}, model="qwen2.5-vl-72b")
 
 
 def _containers(o: dict[str, Any]) -> list[dict[str, Any]]:

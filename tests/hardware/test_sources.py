@@ -8,16 +8,19 @@ import pytest
 from perfmodel import catalog
 from perfmodel.machine import from_device
 from perfmodel.spec.base import UNVERIFIED
-from perfmodel.spec.hardware import Device
+from perfmodel.spec.hardware import Device, Node
 
 # Cited sections and numbers without an opened source. Lower these when you verify some; a new file may not raise them.
-UNVERIFIED_AT_MOST = {"Device": 248, "Node": 194, "Network": 19}
+# Representative builds (vendor generic) are nobody's product: there is nothing to verify, and they say so.
+UNVERIFIED_AT_MOST = {"Device": 248, "Node": 116, "Network": 19}
 
 
 def _tally() -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for name in catalog.names("hardware"):
         spec = catalog.load_hardware(name)
+        if isinstance(spec, Node) and spec.vendor == "generic":
+            continue
         keys = list(spec.source_keys().values())
         kind = type(spec).__name__
         cited, open_ = counts.get(kind, (0, 0))
@@ -30,7 +33,7 @@ def test_unverified_numbers_do_not_grow() -> None:
     for kind, most in UNVERIFIED_AT_MOST.items():
         cited, open_ = tally[kind]
         assert open_ <= most, f"{open_} of {cited} citations of {kind} files are unverified, at most {most} may be"
-    assert sum(cited for cited, _ in tally.values()) > 1000
+    assert sum(cited for cited, _ in tally.values()) > 900
 
 
 @pytest.mark.parametrize("section", ["compute", "memory"])

@@ -14,6 +14,7 @@ from perfmodel.serving import goodput, renewal
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.cycle import Load, solve
 from perfmodel.serving.latency import gamma_cdf
+from perfmodel.serving.preemption import pressure
 from perfmodel.serving.queueing import Instance, Mix
 from perfmodel.serving.replay import simulate
 from perfmodel.serving.requests import Requests
@@ -67,6 +68,7 @@ CELLS = [
     ("70b", "prefill", "moon", 1, 0.2), ("8b", "decode", "conv", 1, 0.5), ("8b", "colocated", "conv", 2, 0.2),
     ("70b", "colocated", "code", 2, 0.5), ("70b", "prefill", "code", 2, 0.5), ("8b", "decode", "code", 4, 0.3),
     ("8b", "colocated", "conv", 0.5, 0.5), ("70b", "colocated", "conv", 0.7, 0.65), ("70b", "prefill", "code", 0.7, 0.5),
+    ("70b", "colocated", "moon", 1, 0.4), ("8b", "colocated", "code", 4, 0.5),
 ]  # fmt: skip
 
 
@@ -309,3 +311,43 @@ def test_tables_follow_the_estimator():
     for tokens in (64, 700, 5000):
         assert clock.step(0, 0.0, [(tokens, 0.0)]) == pytest.approx(float(e.prefill(1, tokens)), rel=0.05)
     assert clock.step(32, 32 * 1000, [(1024, 0.0)]) == pytest.approx(float(e.mixed(32, 1000, 1024)), rel=0.10)
+
+
+@pytest.mark.parametrize("trace", ["code", "conv", "moon"])
+def test_prompts_that_share_a_step_take_the_time_of_the_clock(trace, clocks, mixes, traces):
+    """Random prompts in one step: its time by the clock and by the straight line with its bend, 3 % on average."""
+    one, mix = Instance(clocks["8b", trace], "colocated", AMPLE), mixes[trace]
+    s = one.state(0.5 * goodput.highest_rate(one, mix), mix)
+    law = one.law(s, mix)
+    load, clock, decoding = law.cycle.load, one.clock, round(max(law.batch, 1.0))
+    order = np.argsort(mix.input)
+    rng = np.random.default_rng(1)
+    for count in (1, 2, 3):
+        seen = []
+        for prompts in rng.choice(traces[trace].input, (400, count)):
+            if prompts.sum() <= clock.chunk - decoding:
+                work = np.interp(prompts, mix.input[order], load.work[order]).sum()
+                whole = clock.step(decoding, decoding * mix.context, [(float(q), 0.0) for q in prompts])
+                seen.append((float(load.seconds(np.array(work))), whole))
+        assert len(seen) > 15
+        form, true = np.mean(seen, axis=0)
+        assert form == pytest.approx(true, rel=0.03)
+
+
+@pytest.mark.parametrize("sigmas", [3.0, 1.0])
+def test_memory_that_binds_at_times_is_inside_the_range_and_a_full_one_is_not(sigmas, clocks, traces, mixes):
+    """Cache for the mean and 3 standard deviations: requests are preempted, and the percentiles hold; with 1, they are refused."""
+    mix = mixes["conv"]
+    roomy = Instance(clocks["8b", "conv"], "colocated", AMPLE)
+    rate = 0.6 * goodput.highest_rate(roomy, mix)
+    free = pressure(roomy, rate, mix)
+    one = Instance(roomy.clock, "colocated", free.held + sigmas * free.spread)
+    s = one.state(rate, mix)
+    out = simulate(one.clock, one.kv_tokens, requests(traces["conv"], rate, 6000, 3))
+    assert out.preempted > 0
+    inside = []
+    for seen, quantile in ((out.ttft[600:], one.ttft_quantile), (out.tpot[600:], one.tpot_quantile)):
+        for p, rel in ((0.5, 0.10), (0.95, 0.20)):
+            inside.append(abs(quantile(p, s, mix) / float(np.nanquantile(seen, p)) - 1) <= rel)
+    assert (one.refused(s, mix) == "") == (sigmas > 2)
+    assert all(inside) == (sigmas > 2)

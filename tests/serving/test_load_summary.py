@@ -73,3 +73,21 @@ def test_percentiles_are_in_order(estimator: Estimator) -> None:
         assert np.isfinite(values).all()
     # The longest of 199 gaps is at least the one of every hundredth.
     assert found["longest_gap_s"]["p50"] >= found["itl_s"]["p95"]
+
+
+def test_memory_fills_as_the_rate_grows() -> None:
+    """Answers of 1,000 tokens on a 48 GB device: time full, preemptions and waits rise; swapping one costs its bytes over the link."""
+    e = Estimator("llama-3.1-8b", "l40s")
+    found = [
+        batching.serving_summary(e, 1000, 1000, rate=rate, concurrency=None, ttft=None, tpot=None)["memory"]
+        for rate in (1.0, 1.55, 1.65)
+    ]
+    for name in ("full_share", "preemptions_per_request", "wait_s", "repeated_s", "swapped_s"):
+        values = [x[name] for x in found]
+        assert values == sorted(values)
+        assert values[-1] > 2 * values[0]
+    last = found[-1]
+    # 131,072 B a token, 63 blocks of 16 tokens, out and back over PCIe 4.0 x16, which copies do not fill.
+    link = 2 * 131_072 * 1008 / 32e9
+    assert link < last["swapped_s"] / last["preemptions_per_request"] < 1.6 * link
+    assert last["repeated_s"] / last["preemptions_per_request"] == pytest.approx(float(e.prefill(1, 1000)), rel=0.3)

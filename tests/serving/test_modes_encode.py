@@ -13,10 +13,10 @@ from perfmodel.serving.encode import (
     embedding_seconds,
     encode_instance,
     encode_seconds,
-    image_tokens,
     pools,
     tower_program,
 )
+from perfmodel.serving.images import image_tokens
 from perfmodel.serving.queueing import Instance, Mix
 
 

@@ -69,6 +69,20 @@ def test_percentiles_equal_a_simulation(clock, lengths, mix, pads, most, max_wai
     for metric, measured in (("ttft", ttft), ("tpot", tpot), ("e2e", e2e)):
         assert s.quantile(metric, 0.5) == pytest.approx(np.nanpercentile(measured, 50), rel=0.1)
         assert s.quantile(metric, 0.95) == pytest.approx(np.nanpercentile(measured, 95), rel=0.2)
+    # Both limits together, each at the median of its own law: how much they depend on each other.
+    several = ~np.isnan(tpot)
+    seen = np.mean((ttft <= np.median(ttft))[several] & (tpot <= np.nanmedian(tpot))[several])
+    assert instance.jointly_met(s.quantile("ttft", 0.5), s.quantile("tpot", 0.5), s, mix) == pytest.approx(seen, abs=0.08)
+
+
+def test_gaps_of_a_lone_request_are_its_steps(clock):
+    one = Mix(np.array([500.0]), np.array([50.0]), np.ones(1))
+    instance = StaticInstance(clock, AMPLE, 8)
+    s = instance.state(1e-4, one)
+    steps = [clock.decode(1, 500.0 + k) for k in range(1, 50)]
+    assert s.quantile("longest_gap", 0.5) == pytest.approx(steps[-1], rel=1e-6)
+    assert s.quantile("itl", 0.5) == pytest.approx(np.median(steps), rel=1e-3)
+    assert instance.met("itl", steps[0] * 0.99, s, one) == 0.0
 
 
 def test_throughput_is_that_of_full_batches(clock, lengths, mix):

@@ -10,7 +10,13 @@ from perfmodel.planner.program import Program
 
 
 def rooms(c: Column) -> list[tuple[str, np.ndarray, float]]:
-    """(row, demand per request [bucket], capacity of one instance) of a column; rows that its role lacks are left out."""
+    """(row, demand per request [bucket], capacity of one instance) of a column; rows that its role lacks are left out.
+
+    Static batches have the first alone: their places and their cache are reserved until the longest answer ends. So have
+    encode instances, which keep no cache.
+    """
+    if c.layout.policy == "static" or c.layout.role == "encode":
+        return [("prefill", c.prefill_s, c.state.utilisation)]
     found = []
     if c.layout.role != "decode":
         found.append(("prefill", c.prefill_s, c.state.utilisation))
@@ -19,8 +25,15 @@ def rooms(c: Column) -> list[tuple[str, np.ndarray, float]]:
     return [*found, ("cache", c.kv_token_s, c.kv_limit)]
 
 
+def row_title(c: Column, row: str) -> str:
+    """What a row of a column is called where it binds."""
+    if row == "prefill":
+        return "encode time" if c.layout.role == "encode" else "batch time" if c.layout.policy == "static" else "prefill time"
+    return {"decode": "decode batch", "cache": "cached tokens"}[row]
+
+
 def define_prefill_time(p: Program) -> None:
-    """For every entry i that prefills: sum_k y[i,k] prefill_s[i,k] <= u_i n[i]."""
+    """For every entry i that prefills or encodes: sum_k y[i,k] prefill_s[i,k] <= u_i n[i]."""
     _define(p, "prefill")
 
 

@@ -53,7 +53,7 @@ def define_spot_share(p: Program) -> None:
     if share >= 1 or not any(o.spot for o in p.question.offers):
         return
     for g, demand in enumerate(p.question.demands):
-        for name, roles in (("first token", ("colocated", "prefill")), ("decode", ("decode",))):
+        for name, roles in (("first token", ("colocated", "prefill")), ("decode", ("decode",)), ("encode", ("encode",))):
             mine = [(c.offer.spot, v) for i, c in p.of(g) if c.layout.role in roles for v in _flows(p, i)]
             spot = pulp.lpSum(v for is_spot, v in mine if is_spot)
             whole = pulp.lpSum(v for _, v in mine)

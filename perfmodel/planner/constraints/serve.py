@@ -1,11 +1,11 @@
-"""What must be served, and how cache gets from prefill to decode."""
+"""What must be served, and how embeddings get from encode to prefill and caches from prefill to decode."""
 
 from __future__ import annotations
 
 import numpy as np
 import pulp
 
-from perfmodel.planner.columns import Column
+from perfmodel.planner.columns import Column, carries_images
 from perfmodel.planner.program import Program
 
 
@@ -52,10 +52,39 @@ def define_transfer(p: Program) -> None:
         # What a decode entry receives depends on the sender's format; the widest one is counted.
         received = np.max(sent, axis=0)
         for i, c in p.of(g):
-            if c.layout.role != "colocated":
+            if c.layout.role in ("prefill", "decode"):
                 moved = c.moved_bytes if c.layout.role == "prefill" else received
                 flow = pulp.lpSum(moved[k] / 1e9 * p.y[i, k] for k in c.buckets if demand.rates[k] > 0)
                 p.problem += flow <= port_rate(c) / 1e9 * p.n[i], f"transfer_{i}{p.suffix}"
+
+
+def define_encoding(p: Program) -> None:
+    """For every demand, bucket k with images, region and share f of TTFT: sum over entries that encode pools of that share feed
+    of y[i,k] = sum over those encode entries of y[i,k].
+
+    So the images that are encoded are those that are prefilled. An entry without such requests needs no encode entry.
+    """
+    for g in p.groups:
+        rates = p.question.demands[g].rates
+        sides: dict[tuple[int, str, float], tuple[list[pulp.LpVariable], list[pulp.LpVariable]]] = {}
+        for i, c in p.of(g):
+            for k in c.buckets:
+                if rates[k] > 0 and carries_images(c, k):
+                    pair = sides.setdefault((k, c.offer.region, c.layout.encode_share), ([], []))
+                    pair[c.layout.role == "encode"].append(p.y[i, k])
+        for (k, region, share), (fed, encoding) in sides.items():
+            name = f"encode_{g}_{k}_{p.regions.index(region)}_{round(1000 * share)}{p.suffix}"
+            p.problem += pulp.lpSum(fed) == pulp.lpSum(encoding), name
+
+
+def define_embeddings(p: Program) -> None:
+    """For every encode entry i, and every one that it feeds: sum_k y[i,k] embedding_bytes[k] <= achieved NIC bytes/s of its
+    devices x n[i]."""
+    for i in p.keep:
+        c = p.entries[i].column
+        if c.embedded_bytes is not None:
+            flow = pulp.lpSum(c.embedded_bytes[k] / 1e9 * p.y[i, k] for k in c.buckets if (i, k) in p.y)
+            p.problem += flow <= port_rate(c) / 1e9 * p.n[i], f"embeddings_{i}{p.suffix}"
 
 
 def port_rate(c: Column) -> float:

@@ -9,7 +9,13 @@ import pulp
 from perfmodel.planner.columns import Column
 from perfmodel.planner.constraints.capacity import define_cache, define_decode_batch, define_prefill_time
 from perfmodel.planner.constraints.nodes import footprint, most_instances
-from perfmodel.planner.constraints.serve import define_handover, define_serve_all, define_transfer
+from perfmodel.planner.constraints.serve import (
+    define_embeddings,
+    define_encoding,
+    define_handover,
+    define_serve_all,
+    define_transfer,
+)
 from perfmodel.planner.program import Program, Question, start
 from perfmodel.spec.fleet import Limits
 
@@ -59,10 +65,12 @@ def define_service(p: Program) -> None:
     """Every row between instances and the load they serve."""
     define_serve_all(p)
     define_handover(p)
+    define_encoding(p)
     define_prefill_time(p)
     define_decode_batch(p)
     define_cache(p)
     define_transfer(p)
+    define_embeddings(p)
 
 
 def served_by(question: Question, group: int, counts: dict[int, float]) -> pulp.LpProblem:

@@ -13,6 +13,7 @@ import numpy as np
 from perfmodel.errors import SpecError, did_you_mean
 from perfmodel.serving import sharing
 from perfmodel.serving.layered import LayeredClock
+from perfmodel.serving.replay.encoder import Embeddings, Encoder
 from perfmodel.serving.replay.handoff import Handoff, Transfers
 from perfmodel.serving.replay.instance import Instance
 from perfmodel.serving.replay.ledger import Ledger
@@ -27,6 +28,7 @@ from perfmodel.serving.split import SplitClock
 
 if TYPE_CHECKING:
     from perfmodel.serving.clock import StepClock
+    from perfmodel.serving.encode import EncodeClock
 
 _ARRIVAL, _TURN = 0, 1  # at the same moment arrivals come first
 Progress = Callable[[int, int], None]
@@ -41,7 +43,7 @@ class Pool:
     """Tokens that one instance can cache."""
     replicas: int = 1
     role: str = "colocated"
-    """colocated, prefill or decode."""
+    """colocated, prefill, decode or encode."""
     settings: Settings = field(default_factory=Settings)
     input_tokens: tuple[float, float] | None = None
     """Input lengths that come here; None: all."""
@@ -51,6 +53,10 @@ class Pool:
     """(lowest input, highest, weight) in place of these two where lengths come with different weights."""
     handoff: Handoff | None = None
     """How a prefill pool sends its caches."""
+    embeddings: Embeddings | None = None
+    """How an encode pool sends what it makes."""
+    tower: EncodeClock | None = None
+    """Encodes the images of the prompts that come here; None: an encode pool does, if any request has images."""
 
     def __post_init__(self) -> None:
         policy = self.settings.policy
@@ -58,10 +64,12 @@ class Pool:
             raise SpecError(f"replay knows no policy {policy!r}{did_you_mean(policy, POLICIES)}; it has {', '.join(POLICIES)}")
         if policy in ("static", "split") and self.role != "colocated":
             raise SpecError(f"the policy {policy!r} prefills and decodes on one instance: the role must be colocated")
+        if policy == "split" and self.tower is not None:
+            raise SpecError("the policy 'split' has no law of a tower beside both phases: leave its images to an encode pool")
         if policy == "static" and self.settings.prefix_caching:
             raise SpecError("static batches are padded: they have no prefix cache")
         for name, kind in (("layered", LayeredClock), ("split", SplitClock)):
-            if (policy == name) != isinstance(self.clock, kind):
+            if self.role != "encode" and (policy == name) != isinstance(self.clock, kind):
                 raise SpecError(f"the policy {name!r} and a {kind.__name__} need each other (modes.policy_clock makes it)")
 
 
@@ -76,12 +84,12 @@ class Fleet:
 
     def run(
         self, requests: Requests, *, seed: int = 1, front: np.ndarray | None = None, progress: Progress | None = None,
-        assigned: tuple[np.ndarray, np.ndarray] | None = None,
+        assigned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     ) -> Outcome:
-        """Replay the requests (sorted by arrival).
+        """Replay the requests (sorted by arrival); their label `images` says how many images each carries.
 
-        assigned: places in `pools` of the pool that takes each request and of the one that decodes it, where the caller has
-        routed them already.
+        assigned: places in `pools` of the pool that takes each request, of the one that decodes it, and of the one that encodes
+        its images, where the caller has routed them already.
 
         front: seconds each request spends before its engine (tokeniser, API server); they count in its TTFT.
         progress: called now and then with the requests that have arrived and all of them.
@@ -94,7 +102,7 @@ class _Run:
 
     def __init__(
         self, fleet: Fleet, requests: Requests, seed: int, front: np.ndarray | None,
-        assigned: tuple[np.ndarray, np.ndarray] | None,
+        assigned: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
     ) -> None:  # fmt: skip
         self.fleet, self.requests = fleet, requests
         n = len(requests)
@@ -113,10 +121,10 @@ class _Run:
         hands_over = any(p.role == "decode" for p in fleet.pools) and any(p.role == "prefill" for p in fleet.pools)
         for number, pool in enumerate(fleet.pools):
             mine = [
-                (SideBySide if pool.settings.policy == "split" else Instance)(
+                (Encoder if pool.role == "encode" else SideBySide if pool.settings.policy == "split" else Instance)(
                     len(self.instances) + i, pool.clock, pool.kv_tokens, pool.settings, self.ledger,
                     prefills_only=pool.role == "prefill", hands_over=hands_over and pool.role == "prefill",
-                    prompt_block=0 if pool.role == "decode" else prompt_block,
+                    prompt_block=0 if pool.role in ("decode", "encode") else prompt_block, tower=pool.tower,
                 )
                 for i in range(pool.replicas)
             ]  # fmt: skip
@@ -126,7 +134,7 @@ class _Run:
         keyed = blocks is not None or requests.session is not None
         self.routers: list[Router] = [router(fleet.routing, m, self.rng, fleet.affinity, keyed) for m in members]
         # Without prefill pools, decode pools receive what was prefilled outside.
-        takes = [p.role != "decode" or not hands_over for p in fleet.pools]
+        takes = [p.role != "encode" and (p.role != "decode" or not hands_over) for p in fleet.pools]
         self.pool = assigned[0] if assigned else _assign(fleet.pools, takes, requests.input, self.rng)
         self.decode_pool = np.full(n, -1)
         self.transfers: Transfers | None = None
@@ -138,11 +146,22 @@ class _Run:
                 if x.hands_over:
                     links[x.number] = fleet.pools[p].handoff or Handoff(0.0)
             self.transfers = Transfers(links, self._deliver)
-        self.ledger.watched = bool(self.follower) or self.transfers is not None
+        self.images = self._images()
+        self.encode_pool = np.full(n, -1)
+        encodes = [p.role == "encode" for p in fleet.pools]
+        if any(encodes):
+            self.encode_pool = assigned[2] if assigned else _assign(fleet.pools, encodes, requests.input, self.rng)
+        self.ledger.watched = bool(self.follower) or self.transfers is not None or any(encodes)
         self.heap: list[tuple[float, int, int, int, Instance | None, Item | None]] = []
         self.events = 0
         self.by_clock = by_clock
         self._prepare_ids()
+
+    def _images(self) -> list[int] | None:
+        """Images of each request; None where no pool encodes any."""
+        if all(p.role != "encode" and p.tower is None for p in self.fleet.pools):
+            return None
+        return [int(x) for x in self.requests.labels.get("images", np.zeros(len(self.requests)))]
 
     def _prepare_ids(self) -> None:
         """Block ids and answers of every request, as lists that instances use."""
@@ -203,11 +222,17 @@ class _Run:
         heapq.heappush(self.heap, (x.end, _TURN, self.events, x.version, x, None))
 
     def _enter(self, index: int, time: float) -> None:
-        """A request reaches its pool."""
+        """A request reaches its pool, or the encode pool that its images go through first."""
         r = self.requests
         pool = int(self.pool[index])
         prompt, output = int(r.input[index]), int(r.output[index])
         item = Item(index, prompt, output)
+        if self.images is not None and self.images[index]:
+            if self.fleet.pools[pool].tower is not None:
+                item.images = self.images[index]
+            elif self.encode_pool[index] >= 0 and math.isnan(self.ledger.encoded[index]):
+                self._encode(index, time)
+                return
         if self.ids is not None:
             item.ids = item.keys = self.ids[index]
             item.answer = self.answers[index]
@@ -225,6 +250,14 @@ class _Run:
         elif x.submit(item, time):
             self._announce(x)
 
+    def _encode(self, index: int, time: float) -> None:
+        assert self.images is not None
+        item = Item(index, self.images[index], 1)
+        x = self.routers[int(self.encode_pool[index])](item)
+        self.ledger.encoder[index] = x.number
+        if x.submit(item, time):
+            self._announce(x)
+
     def _reject(self, index: int, time: float) -> None:
         self.ledger.rejected[index] = True
         self._next_turn(index, time)
@@ -235,11 +268,16 @@ class _Run:
         """Requests that left an instance in its turn: send their caches on, let the session's next turn come."""
         left, x.left = x.left, []
         for item in left:
-            if x.hands_over and item.begun:
+            if isinstance(x, Encoder) and item.done:
+                link = self.fleet.pools[self.pool_of[x.number]].embeddings or Embeddings(0.0)
+                at = self.ledger.encoded[item.index] = x.send(item.prompt, link)
+                self.events += 1
+                heapq.heappush(self.heap, (at, _ARRIVAL, self.events, 0, None, Item(item.index, 0, 0)))
+            elif x.hands_over and item.begun:
                 self._hand_over(item, x)
             else:
                 self._next_turn(item.index, x.now)
-        if self.transfers is not None and not x.hands_over:
+        if self.transfers is not None and not x.hands_over and not isinstance(x, Encoder):
             for source in self.transfers.grant(x, x.now):
                 if source.wake(x.now):
                     self._announce(source)
@@ -292,7 +330,7 @@ class _Run:
         return Outcome(
             first - self.sent, tpot, finish, np.array(ledger.preempted), self.sent, r.input.astype(float),
             r.output.astype(float), np.array(ledger.longest), np.array(ledger.rejected), np.array(ledger.cached),
-            np.array(ledger.instance), np.array(ledger.decoder),
+            np.array(ledger.instance), np.array(ledger.decoder), np.array(ledger.encoded), np.array(ledger.encoder),
             Gaps.of_runs(ledger.at, ledger.gap_first, ledger.gap_last, ledger.gap_tokens), usage,
         )  # fmt: skip
 

@@ -23,6 +23,7 @@ from perfmodel.serving.replay.settings import Item, Settings
 
 if TYPE_CHECKING:
     from perfmodel.serving.clock import StepClock
+    from perfmodel.serving.encode import EncodeClock
 
 
 class Instance:
@@ -30,11 +31,12 @@ class Instance:
 
     def __init__(
         self, number: int, clock: StepClock, kv_tokens: float, settings: Settings, ledger: Ledger, *,
-        prefills_only: bool = False, prompt_block: int = 0, hands_over: bool = False,
+        prefills_only: bool = False, prompt_block: int = 0, hands_over: bool = False, tower: EncodeClock | None = None,
     ) -> None:  # fmt: skip
-        """prompt_block: tokens of one prompt block id (0: no ids). hands_over: another instance decodes what it prefills."""
+        """prompt_block: tokens of one prompt block id (0: no ids). hands_over: another instance decodes what it prefills. tower:
+        encodes the images of prompts, in the step that begins them."""
         self.number, self.clock, self.settings, self.ledger = number, clock, settings, ledger
-        self.prefills_only, self.hands_over = prefills_only, hands_over
+        self.prefills_only, self.hands_over, self.tower = prefills_only, hands_over, tower
         block = settings.block_tokens or clock.estimator.engine.block_tokens
         self.kv = KvBlocks(kv_tokens, block, prompt_block, settings)
         self.max_batch = min(settings.max_batch or clock.max_batch, clock.max_batch)
@@ -324,6 +326,10 @@ class Instance:
             seconds = self.layered.step(slots, self.context, chunks, prompts)
         else:
             seconds = self.clock.step(slots, self.context, chunks)
+        if self.tower is not None:
+            seconds += self.tower.seconds(sum(item.images for item, _ in self.chunks))
+            for item, _ in self.chunks:
+                item.images = 0
         self.first, self.grow, self.extra = self._with_fetching(seconds) + self.owed, 0.0, 0.0
         self.owed = 0.0
         self.end = self.now + self.first

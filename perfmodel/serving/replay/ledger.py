@@ -21,6 +21,9 @@ class Ledger:
         self.rejected = [False] * n
         self.instance = [-1] * n
         self.decoder = [-1] * n
+        self.encoded = [math.nan] * n
+        """When the embeddings of a request's images reached the instance that prefills it."""
+        self.encoder = [-1] * n
         self.watched = False
         """Whether anything follows from a request's end, so that instances must report it."""
         self.at: list[float] = []

@@ -9,6 +9,7 @@ import numpy as np
 from perfmodel.errors import SpecError
 from perfmodel.serving import trace as files
 from perfmodel.serving.replay.outcome import Outcome
+from perfmodel.serving.trace_file import read_table
 from perfmodel.spec.workload import Trace
 
 METRICS = ("ttft", "tpot", "e2e")
@@ -27,15 +28,15 @@ def measured(trace: Trace, base: Path) -> dict[str, np.ndarray]:
     Raises SpecError when it has none.
     """
     path = Path(trace.file) if Path(trace.file).is_absolute() else base / trace.file
-    table = files._table(files._text(path), str(path))
-    kept = files._kept(table, trace)
-    arrival = files._arrival(table, files._find_columns(table, trace), kept)
+    table = read_table(path)
+    kept = files.kept_rows(table, trace)
+    arrival = files.arrival_seconds(table, files.find_columns(table, trace), kept)
     order = np.argsort(arrival, kind="stable")
     found = {}
     for metric, names in _COLUMNS.items():
         name = next((c for c in table.columns if c.casefold() in names), None)
         if name is not None:
-            found[metric] = files._numbers(table, name, kept, least=0, blank=True)[order] * names[name.casefold()]
+            found[metric] = files.numbers(table, name, kept, least=0, blank=True)[order] * names[name.casefold()]
     if not found:
         known = ", ".join(name for names in _COLUMNS.values() for name in names)
         raise SpecError(f"the trace has no measured times to compare with; columns looked for: {known}", file=str(path))

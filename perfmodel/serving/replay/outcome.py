@@ -8,8 +8,10 @@ from typing import Any
 
 import numpy as np
 
+from perfmodel.errors import SpecError
 from perfmodel.spec.workload import Limit
 
+_MOST_WINDOWS = 1_000_000
 _GAP_RESOLUTION = 0.005  # gaps of one run of steps are told apart to this ratio
 
 
@@ -91,6 +93,10 @@ class Outcome:
     """Which instance computed the first token, counted over all pools; -1: none."""
     decoder: np.ndarray = field(default_factory=_none)
     """Which instance computed the others."""
+    encoded: np.ndarray = field(default_factory=_none)
+    """When its embeddings came from an encode pool; nan where none did."""
+    encoder: np.ndarray = field(default_factory=_none)
+    """Which instance made them."""
     gaps: Gaps = field(default_factory=lambda: Gaps(_none(), _none(), _none()))
     usage: Usage = field(default_factory=lambda: Usage(*[_none()] * 7))
 
@@ -188,6 +194,8 @@ class Outcome:
     def _windows(self, window: float) -> np.ndarray:
         start, end = float(self.arrival.min()), float(self.arrival.max())
         count = math.ceil((end - start) / window * 2) - 1 if math.isfinite(window) else 1
+        if count > _MOST_WINDOWS:
+            raise SpecError(f"a window of {window:g} s is too short for {end - start:,.0f} s of requests: write 1 s or more")
         return start + (window / 2 if count > 1 else 0.0) * np.arange(max(1, count))
 
     def met(self, ttft: float | None = None, tpot: float | None = None, **more: float | None) -> np.ndarray:
@@ -232,7 +240,7 @@ def merge(outcomes: list[Outcome]) -> Outcome:
     """Requests of several instances or fleets together; their instances are numbered one after the other."""
     whole = _join(outcomes)
     before = np.cumsum([0] + [o.usage.busy.size for o in outcomes[:-1]])
-    for name in ("instance", "decoder"):
+    for name in ("instance", "decoder", "encoder"):
         moved = [np.where(getattr(o, name) >= 0, getattr(o, name) + n, -1) for o, n in zip(outcomes, before, strict=True)]
         whole[name] = np.concatenate(moved)
     gaps, usage = (_join([getattr(o, name) for o in outcomes]) for name in ("gaps", "usage"))

@@ -35,7 +35,7 @@ class Item:
     """A request inside an instance."""
 
     __slots__ = (
-        "answer", "begun", "counter", "delivered", "done", "held", "hit", "ids", "index", "keys", "last", "left",
+        "answer", "begun", "counter", "delivered", "done", "held", "hit", "ids", "images", "index", "keys", "last", "left",
         "longest", "offset", "order", "owned", "prompt", "started",
     )  # fmt: skip
 
@@ -65,6 +65,8 @@ class Item:
         """Those that it uses in the prefix cache."""
         self.answer: list[int] | None = None
         """Ids of the blocks that its answer completes."""
+        self.images = 0
+        """Those that the instance has to encode before it prefills."""
         self.offset = 0
         """Tokens in the cache less the instance's step counter, while it decodes."""
         self.counter = 0

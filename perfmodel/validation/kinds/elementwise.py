@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 
 from perfmodel import calibration, catalog, graph, schedule
+from perfmodel.degrees import check_parallelism
 from perfmodel.errors import UnknownName
-from perfmodel.estimator import check_parallelism, choose_formats
+from perfmodel.formats import choose_formats
 from perfmodel.machine import Machine
 from perfmodel.ops import elementwise
 from perfmodel.ops.gemm import gemm

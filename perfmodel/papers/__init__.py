@@ -1,0 +1,1 @@
+"""The literature as runnable checks: settings in, predictions and verdicts out."""
