@@ -8,7 +8,8 @@ import numpy as np
 
 from perfmodel import memory, prices
 from perfmodel.errors import SpecError
-from perfmodel.estimator import Estimator, Parts
+from perfmodel.estimator import Estimator
+from perfmodel.parts import Parts
 from perfmodel.spec.model import Model
 from perfmodel.symbols import ALPHABET
 

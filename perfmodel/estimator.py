@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property, reduce
 from typing import Any
 
@@ -17,6 +17,7 @@ from perfmodel.formats import choose_formats
 from perfmodel.machine import Machine, from_node, machine
 from perfmodel.memory import Memory
 from perfmodel.ops.shard import Group, Load, Parallelism
+from perfmodel.parts import Parts
 from perfmodel.spec.hardware import Node
 from perfmodel.spec.model import Model
 from perfmodel.symbols import Num
@@ -379,25 +380,3 @@ class Estimator:
                 if free > 0:
                     return f"--tp {tp}" + (f" --pp {pp}" if pp > 1 else "") + f" ({trial.devices} devices)"
         return "a narrower --weight-dtype or devices with more memory"
-
-
-@dataclass(frozen=True)
-class Parts:
-    """One step: expected seconds, bounds, spread (sigma of the logarithm), bottleneck, busy seconds by resource.
-
-    lower: perfect overlap at datasheet rates. upper: no overlap at all, with every parameter at its p90 together.
-    """
-
-    seconds: float
-    lower: float
-    upper: float
-    sigma: float
-    bottleneck: str
-    busy: dict[str, float]
-    sensitivity: dict[str, float]
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """p10 and p90, inside the bounds."""
-        spread = float(np.exp(calibration.P90 * self.sigma))
-        return max(self.seconds / spread, self.lower), self.seconds * spread

@@ -9,7 +9,8 @@ from typing import Any
 
 from perfmodel import units
 from perfmodel.errors import Infeasible
-from perfmodel.estimator import Estimator, Parts
+from perfmodel.estimator import Estimator
+from perfmodel.parts import Parts
 
 _HALVINGS = 40
 _SAME = 1e-3

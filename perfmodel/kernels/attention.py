@@ -12,6 +12,7 @@ from perfmodel.ops.traffic import Op
 from perfmodel.symbols import Num
 
 _KEY_BLOCK = 128  # keys one step of the inner loop multiplies
+_FEWEST_KEYS = 1e-9  # of a row whose keys all lie elsewhere: no work, and nothing to divide by
 _DECODE_ROWS = 64  # query rows of kernels made for decode: one matrix instruction of a group of warps
 _SLOTS = 64  # devices with a few large units (TPUs, Gaudi) pipeline the items of one unit
 _WIDE = ("bf16", "fp16", "tf32", "fp32", "fp64")
@@ -101,9 +102,9 @@ def _work(op: Op, m: Machine) -> _Work:
     together = np.maximum(law["attention_blocks"], np.where(decode, 2.0 - packs, 1.0))
     height = np.where(decode & (packs == 0), np.minimum(_DECODE_ROWS, tile), tile)
 
-    seen = s["pairs"] / (n * q)  # keys of the mean query row
+    seen = np.maximum(s["pairs"] / (n * q), _FEWEST_KEYS)  # keys of the mean query row
     slope = np.clip((kv_len - seen) / np.maximum(q - 1, 1), 0.0, 1.0)  # by how many tokens its window moves on a row
-    full = np.ceil(kv_len / _KEY_BLOCK) * _KEY_BLOCK
+    full = np.maximum(np.ceil(kv_len / _KEY_BLOCK), 1) * _KEY_BLOCK
     union = seen + slope * (np.minimum(tile / shared, q) - 1) + _KEY_BLOCK * np.maximum(2 * slope - 1, 0.0)
     union = np.clip(union, _KEY_BLOCK, full)
     longest = union + (full - union) * np.clip(2 - 2 * slope, 0.0, 1.0)

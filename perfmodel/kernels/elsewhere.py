@@ -35,6 +35,10 @@ class Rates:
     most_bandwidth: float = 0.0
     most_flops: float = 0.0
 
+    def rate(self, rows: Num) -> Num:
+        """FLOP/s where `rows` vectors meet one matrix: with many the matrix units serve."""
+        return np.maximum(self.flops, self.matrix * np.minimum(rows / _MATRIX_ROWS, 1.0))
+
 
 @dataclass(frozen=True)
 class Path:
@@ -96,8 +100,7 @@ def work_seconds(op: Op, m: Machine) -> tuple[Num, Num]:
     apart = ("exp", "vector") if r.exp else ()
     flops = sum((f for unit, f in op.flops.items() if unit not in apart), start=0.0)
     softmax = op.flops.get("exp", 0.0) / r.exp if r.exp else 0.0
-    rate = np.maximum(r.flops, r.matrix * np.minimum(op.shape.get("rows", 0.0) / _MATRIX_ROWS, 1.0))
-    busy = np.maximum(np.maximum(moved / r.bandwidth, flops / rate), softmax)
+    busy = np.maximum(np.maximum(moved / r.bandwidth, flops / r.rate(op.shape.get("rows", 0.0))), softmax)
     least = np.maximum(moved / (r.most_bandwidth or r.bandwidth), flops / (r.most_flops or r.flops))
     return np.where(busy > 0, busy + r.latency, 0.0), least
 

@@ -72,7 +72,7 @@ def _served(setting: Resolved, mix: Mix) -> np.ndarray:
     if e.kv_free <= 0:
         return np.zeros(mix.input.shape)
     limit, first = float(setting.values["tpot"]) or np.inf, float(setting.values["ttft"]) or np.inf
-    batch = _BATCHES[_BATCHES <= float(setting.values["largest"] or e.engine.max_sequences)][:, None]
+    batch = _BATCHES[np.less_equal(_BATCHES, float(setting.values["largest"] or e.engine.max_sequences))][:, None]
     room = np.array([float(e.max_batch(float(t))) for t in mix.input + mix.output])
     prefill = np.asarray(e.prefill(1.0, mix.input))
     tpot = np.asarray(e.decode(batch, mix.contexts)) + batch * prefill / mix.output

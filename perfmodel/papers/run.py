@@ -226,11 +226,15 @@ class Side:
 
 
 def pair(paper: Paper) -> tuple[Side, Side]:
-    """Baseline and proposal: the settings of the first claim that names two; the one with more techniques is the proposal."""
+    """Baseline and proposal: the settings of the first claim that names two.
+
+    The one with more techniques is the proposal, else the later one in the file.
+    """
     runner = Runner(paper)
     texts = [c.predict for c in paper.claims if c.predict] + [p.predict for p in paper.predictions]
     for text in texts:
-        named = sorted({path[0] for path in expression.names(text)} & set(paper.settings))
+        used = {path[0] for path in expression.names(text)}
+        named = [name for name in paper.settings if name in used]
         if len(named) == 2:
             sides = []
             for name in named:

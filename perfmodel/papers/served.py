@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +17,7 @@ from perfmodel.ops.shard import Group
 from perfmodel.papers.fleet import Fleet
 from perfmodel.papers.metrics import Measured
 from perfmodel.papers.setting import Resolved, estimator
-from perfmodel.serving import goodput
+from perfmodel.serving import goodput as goals_of
 from perfmodel.serving.clock import kv_tokens
 from perfmodel.serving.handoff import handoff
 from perfmodel.serving.layered import expert_bytes, layer_groups, layered_program
@@ -24,7 +25,11 @@ from perfmodel.serving.modes import policy_instance
 from perfmodel.serving.queueing import Mix
 
 _POINTS = 6  # of each length's distribution
-_HALVINGS = 10
+_HALVINGS = 8
+_DOWN = 4.0  # steps by which a bracket goes down
+_IDLE = 1e-5  # requests/s of an instance that is idle
+_BESIDE = 4.0
+_LEAST = 1e-4
 _SHARES = (0.5, 0.9, 0.99)
 
 
@@ -73,26 +78,26 @@ class Served(Measured):
     def _together(self) -> Any:
         return self._instance(self.setting, "colocated")
 
-    def _goals(self, share: float) -> goodput.Goals:
+    def _goals(self, share: float) -> goals_of.Goals:
         ttft, tpot = self._value("ttft"), self._value("tpot")
         if not ttft and not tpot:
             raise SpecError("goodput needs a limit: give the setting `ttft`, `tpot` or both")
-        return goodput.Goals(ttft or None, tpot or None, share)
+        return goals_of.Goals(ttft or None, tpot or None, share)
 
     @cached_property
     def goodput(self) -> float:
         """Requests per second and device at which `attainment` of the requests meets TTFT and TPOT."""
         share = self._value("attainment")
         if not self.setting.roles:
-            found = goodput.capacity(self._together, self._mix, self._goals(share))
+            found = self._capacity(self._together, self._goals(share))
             return _positive(found, self.setting) / self.devices
         each = {}
         for role, setting in self.setting.roles.items():
             goals = self._goals(math.sqrt(share))
             prefills = role == "prefill"
-            mine = goodput.Goals(goals.ttft if prefills else None, None if prefills else goals.tpot, goals.share)
+            mine = goals_of.Goals(goals.ttft if prefills else None, None if prefills else goals.tpot, goals.share)
             instance = self._instance(setting, role)
-            rate = _positive(goodput.capacity(instance, self._mix, mine), setting)
+            rate = _positive(self._capacity(instance, mine), setting)
             each[role] = rate / float(estimator(setting).par.devices)
         devices = {role: s.devices for role, s in self.setting.roles.items()}
         if all(devices.values()):
@@ -138,7 +143,37 @@ class Served(Measured):
     @cached_property
     def saturation(self) -> float:
         """Highest stable rate of the instance [1/s]."""
-        return float(goodput.highest_rate(self._together, self._mix))
+        return self._highest(self._together, lambda _: True)
+
+    def _highest(self, instance: Any, holds: Callable[[Any], bool]) -> float:
+        """Highest rate whose state is stable and `holds`; 0 where none does."""
+
+        def able(rate: float, asked: Callable[[Any], bool]) -> bool:
+            s = instance.state(rate, self._mix)
+            return bool(s.feasible) and asked(s)
+
+        stable = self._stable(instance)
+        if able(stable, holds):
+            return stable
+        high, low = stable, stable / _DOWN
+        while not able(low, holds):
+            high, low = low, low / _DOWN
+            if low < stable * _LEAST:
+                return 0.0
+        return _bisected(lambda rate: able(rate, holds), low, high, _HALVINGS)
+
+    def _stable(self, instance: Any) -> float:
+        """Highest stable rate: below a few times what prefill alone would carry, since prompts beside decoding cost less."""
+        work = self._mix.mean(np.asarray(instance.state(_IDLE, self._mix).work))
+        high = _BESIDE / work if work > 0 else 1 / _IDLE
+        low = high / _DOWN
+        while low > _IDLE and not instance.state(low, self._mix).feasible:
+            high, low = low, low / _DOWN
+        return _bisected(lambda rate: bool(instance.state(rate, self._mix).feasible), low, high, _HALVINGS)
+
+    def _capacity(self, instance: Any, goals: goals_of.Goals) -> float:
+        """Highest rate of an instance at which the goals' share of the requests meets both limits."""
+        return self._highest(instance, lambda s: goals_of.attainment(instance, s, self._mix, goals) >= goals.share)
 
     @property
     def concurrency(self) -> float:
@@ -148,7 +183,7 @@ class Served(Measured):
     @property
     def tail_gap(self) -> float:
         """Seconds within which the share `gaps` of the tokens follow the one before, at `rate`."""
-        return float(goodput.itl_quantile(self._together, self._value("gaps"), self._loaded(), self._mix))
+        return float(goals_of.itl_quantile(self._together, self._value("gaps"), self._loaded(), self._mix))
 
     @cached_property
     def smooth_rate(self) -> float:
@@ -159,22 +194,11 @@ class Served(Measured):
             raise SpecError("this metric needs the limit `gap` on the time between two tokens [s]")
         instance, mix = self._together, self._mix
 
-        def holds(rate: float) -> bool:
-            s = instance.state(rate, mix)
-            if not s.feasible or goodput.itl_met(instance, limit, s, mix) < share:
-                return False
-            return not first or instance.ttft_met(first, s, mix) >= 0.5
+        def holds(s: Any) -> bool:
+            smooth = goals_of.itl_met(instance, limit, s, mix) >= share
+            return smooth and (not first or instance.ttft_met(first, s, mix) >= 0.5)
 
-        high = self.saturation
-        low = high * 1e-3
-        if holds(high):
-            return high / self.devices
-        if not holds(low):
-            raise Infeasible(f"{self.setting.model} on {self.setting.hardware} misses the limits when idle", binding=("latency",))
-        for _ in range(_HALVINGS):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if holds(middle) else (low, middle)
-        return low / self.devices
+        return _positive(self._highest(instance, holds), self.setting) / self.devices
 
     def _passes(self) -> list[tuple[graph.Program, float, float]]:
         """Passes of one request's share of the time at `rate`: what each does, how many there are, and its seconds.
@@ -235,6 +259,14 @@ class Served(Measured):
     def dearest_single(self) -> float:
         """USD/h of the dearest fleet of one type."""
         return float(self._fleet.singles.max())
+
+
+def _bisected(holds: Callable[[float], bool], low: float, high: float, times: int) -> float:
+    """Highest rate that holds between one that does and one that does not, on the logarithm."""
+    for _ in range(times):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
 
 
 def _positive(rate: float, setting: Resolved) -> float:

@@ -9,6 +9,7 @@ cannot draw the whole bandwidth either: a unit has `row_bytes_per_clock` in flig
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -101,6 +102,7 @@ class Sides:
         self.estimator, self.context, self.prefill_share = e, context, prefill_share
         self._prefill = [StepClock(on_part(e, prefill_share, beta), context) for beta in (1.0, _FAIR)]
         self._decode = [StepClock(on_part(e, 1 - prefill_share, beta), context) for beta in (1.0, _FAIR)]
+        self._settled: dict[tuple[float, float], tuple[float, float]] = {}
 
     def prefill(self, bandwidth: float) -> StepClock:
         """Clock of prefill with a share of the bandwidth in [1/2, 1]."""
@@ -111,8 +113,18 @@ class Sides:
         return _between(self._decode, bandwidth)
 
     def shares(self, batch: float, chunk: float) -> tuple[float, float]:
-        """Bandwidth shares of (prefill, decode) while both run."""
-        return contention(self.estimator, self.prefill_share, max(batch, 1.0), self.context, chunk)[2:]
+        """Bandwidth shares of (prefill, decode) while both run: settled at powers of two, linear in log(batch) between them."""
+        place = math.log2(max(batch, 1.0))
+        low = math.floor(place)
+        near, far = self._shares(2.0**low, chunk), self._shares(2.0 ** (low + 1), chunk)
+        part = place - low
+        return near[0] + part * (far[0] - near[0]), near[1] + part * (far[1] - near[1])
+
+    def _shares(self, batch: float, chunk: float) -> tuple[float, float]:
+        key = (batch, chunk)
+        if key not in self._settled:
+            self._settled[key] = contention(self.estimator, self.prefill_share, batch, self.context, chunk)[2:]
+        return self._settled[key]
 
 
 class SplitClock(StepClock):

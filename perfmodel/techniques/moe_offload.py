@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import numpy as np
+from pydantic import PrivateAttr
 
 from perfmodel.errors import SpecError
-from perfmodel.kernels.elsewhere import rates
+from perfmodel.kernels.elsewhere import Rates, rates
 from perfmodel.kernels.transfer import host_copy_seconds
 from perfmodel.machine import Machine
 from perfmodel.ops.cached import copy
@@ -31,8 +32,9 @@ class MoeOffload(Technique):
     1 - (1 - q_i)^T with q_i = min(1, k i^-z / H) and z = `popularity`. Of the misses a share `accuracy` was fetched
     while earlier layers ran (never in the first `lead` layers; wrong guesses cross the link as well), the CPU computes
     `cpu` of the others where they lie and the rest is fetched on demand, all three side by side once the router has
-    chosen: the stall is max(0, fetch, CPU) beyond the device's own experts. `balanced`: the share of the CPU at which it
-    and the link finish together (Fiddler, arXiv:2402.07033; HybriMoE, arXiv:2504.05897; Fate, arXiv:2502.12224).
+    chosen: the stall is max(0, fetch, CPU) beyond the device's own experts. `balanced`: the share x of the CPU at which it
+    and the link finish together, x max(b / c, F / f) = (1 - x) b / r: bytes b, FLOPs F, CPU memory c, CPU arithmetic f,
+    link r, anew for every pass (Fiddler, arXiv:2402.07033; HybriMoE, arXiv:2504.05897; Fate, arXiv:2502.12224).
     """
 
     kind: ClassVar[str] = "moe-offload"
@@ -55,17 +57,33 @@ class MoeOffload(Technique):
     grouping: float = knob(1.0, "distinct experts over those of a random batch (tokens regrouped)", low=0.01, high=1)
     tier: str = knob("host", "where the experts lie: host, drive, remote, or a path the machine was given")
 
+    # What a balanced split needs to know of the machine: the CPU, and bytes/s of the link.
+    _cpu: Rates | None = PrivateAttr(None)
+    _link: float = PrivateAttr(0.0)
+
     def effects(self) -> Literal["exact", "lossy"]:
         return "lossy" if self.bits else "exact"
 
     def bound(self, model: Model, machine: Machine, par: Parallelism) -> MoeOffload:
-        """A balanced split: link seconds (1 - x) b / r = CPU seconds x b / c, so x = c / (c + r)."""
+        """A balanced split: of a batch so small that CPU and link only move bytes, x = c / (c + r)."""
         if self.cpu != "balanced":
             return self
         one = 1e9  # bytes long enough for the rate of the link
         link = one / float(host_copy_seconds(machine, one))
-        there = rates("cpu", machine).bandwidth
-        return self.model_copy(update={"cpu": there / (there + link)})
+        there = rates("cpu", machine)
+        found = self.model_copy(update={"cpu": there.bandwidth / (there.bandwidth + link)})
+        found._cpu, found._link = there, link
+        return found
+
+    def _split(self, products: list[Op], missed: Num, needed: Num, size: Num) -> Num:
+        """Share of the late misses, `size` bytes, that the CPU computes."""
+        if self._cpu is None:
+            return float(self.cpu) if self.cpu != "balanced" else 0.0
+        flops = sum((f for op in products for u, f in op.flops.items() if u not in ("vector", "exp")), start=0.0)
+        there = flops * missed / maximum(needed, 1e-9)
+        busy = maximum(size / self._cpu.bandwidth, there / self._cpu.rate(products[0].shape["m"]))
+        copied = size / self._link
+        return copied / maximum(copied + busy, 1e-30)
 
     def layer(self, ops: list[Op], block: Block, shard: Shard) -> list[Op]:
         products = [op for op in ops if op.kind == "grouped_gemm" and any(t.tensor == "experts" for t in op.traffic)]
@@ -77,9 +95,11 @@ class MoeOffload(Technique):
         missed = self._missed(moe, shard, held, needed)
         each = sum((op.shape["n"] * op.shape["k"] for op in products), start=0.0)
         width = self.bits / 8 if self.bits else next(t.width for t in products[0].traffic if t.tensor == "experts")
-        guessed = self.accuracy * maximum(1 - self.lead / shard.layers, 0.0)
-        share = float(self.cpu) if self.cpu != "balanced" else 0.0
+        # A wrong guess is an expert that no token reaches: a pass that needs all of them has none.
+        wrong = minimum(missed * (1 - self.accuracy), maximum(held - needed, 0.0)) / maximum(missed, 1e-9)
+        guessed = (1 - wrong) * maximum(1 - self.lead / shard.layers, 0.0) if self.accuracy else 0.0
         late = missed * (1 - guessed)
+        share = self._split(products, late, needed, late * each * width)
         # The predictor asks for as many experts as miss; those that were wrong crossed the link for nothing.
         early = missed * maximum(1 - self.lead / shard.layers, 0.0) if self.accuracy else 0.0 * missed
         ahead = copy("experts_ahead", self.tier, early * each, width, tensor="experts", contextual=False, aside=True)
@@ -89,7 +109,7 @@ class MoeOffload(Technique):
         found = [ahead] if self.accuracy else []
         found.append(replace(fetch, after=router))
         there = late * share / maximum(needed, 1e-9)
-        if share:
+        if self.cpu:
             found += self._on_cpu(products, there, width, shard, router)
         arrived = (missed - late * share) / maximum(needed, 1e-9)
         kept = [self._kept(op, there, arrived) if op in products else op for op in ops]

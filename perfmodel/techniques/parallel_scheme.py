@@ -30,7 +30,8 @@ class ParallelScheme(Technique):
     (arXiv:2408.04093); ``ring``: keys and values of p - 1 others pass by.
     even: chunks of equal length, whose last one attends most: (c + q - q/p + (q/p + 1)/2) / (c + (q + 1)/2) of the mean;
     otherwise chunks are cut so that all finish together. Unfused kernels attend whole rectangles, of equal area in a gather, and
-    in a chain no further than a process's own tokens: (c + q (p + 1) / 2p) / (c + q) of the area. overlap: exchanges travel while attention computes.
+    in a chain no further than a process's own tokens: (c + q (p + 1) / 2p) / (c + q) of the area.
+    overlap: exchanges travel while attention computes.
     all_reduce ``star``: ranks send to a hub that returns the sum, 2 hops and 2 (t - 1) messages at the hub (TPI-LLM,
     arXiv:2410.00531); `start` hops to begin one, instead of those of GPU libraries.
     """

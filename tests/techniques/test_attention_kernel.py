@@ -101,3 +101,38 @@ def test_small_fast_memory_lets_queries_pass_again() -> None:
 def test_attaching_pages_takes_host_time() -> None:
     plain, mapped = _with(), _with("attention-kernel:mapping=1e-3")
     assert mapped.decode(8, 4096) - plain.decode(8, 4096) == pytest.approx(1e-3 * plain.machine.law["host_slowdown"])
+
+
+def test_concatenation_writes_and_reads_the_cache_once_more() -> None:
+    group = Group(2, 1, 4095, decode=True)
+    plain = _ops(_with(), group)[0].bytes("hbm", "kv")
+    # 2 sequences x 4096 tokens (with the new one) x 2 x 8 heads x 128 elements x 2 B, written and read beside what is attended.
+    assert _ops(_with("attention-kernel:copies=1"), group)[0].bytes("hbm", "kv") - plain == pytest.approx(2 * 2 * 4096 * 4096)
+
+
+def test_concatenation_leaves_tokens_that_were_rounded_in_groups() -> None:
+    group = Group(1, 1, 4095, decode=True)
+    narrow = "kv-quantization:bits=4,residual=128"
+    more = _ops(_with(narrow, "attention-kernel:copies=1"), group)[0].bytes("hbm", "kv")
+    assert more - _ops(_with(narrow), group)[0].bytes("hbm", "kv") == pytest.approx(2 * 128 * 4096)
+
+
+def test_a_borrowed_cache_is_not_appended_to() -> None:
+    group = Group(1, 1, 4095, decode=True)
+    e, plain = _with("kv-sharing:group=2", "attention-kernel:copies=1"), _with("kv-sharing:group=2")
+
+    def read(x: Estimator) -> float:
+        found = operators(x.lower(Phase((group,))).schedule)
+        return float(sum(times * op.bytes("hbm", "kv") for op, times, _ in found if op.name.startswith("attention")))
+
+    # Half of the 32 layers own theirs.
+    assert read(e) - read(plain) == pytest.approx(16 * 2 * 4096 * 4096)
+
+
+def test_repeated_heads_are_copied_once_per_query_head() -> None:
+    group = Group(1, 1, 4095, decode=True)
+    more = _ops(_with("attention-kernel:repeated=true"), group)[0].bytes("hbm", "kv")
+    # Four query heads share a KV head: four copies written and read.
+    assert more - _ops(_with(), group)[0].bytes("hbm", "kv") == pytest.approx(4 * 2 * 4096 * 4096)
+    alone = _with("attention-kernel:repeated=true", model="llama-2-7b")
+    assert alone.decode(4, 2048) == pytest.approx(_with(model="llama-2-7b").decode(4, 2048))

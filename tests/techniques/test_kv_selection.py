@@ -119,3 +119,11 @@ def test_arrays_agree_with_numbers() -> None:
     assert rows == pytest.approx([e.decode(1, 100), e.decode(4, 3000), e.decode(16, 30_000)])
     filled = e.prefill(1, np.array([100, 3000]))
     assert filled == pytest.approx([e.prefill(1, 100), e.prefill(1, 3000)])
+
+
+def test_gathered_queries_pass_memory_once_per_chosen_block() -> None:
+    moba = "kv-selection:prefill_budget=1024,prefill_page=128"
+    gather = named(estimator(moba + ",prefill_gathered=true"), prefill(1, 16_384), "prefill_gather")
+    # 8 blocks x 16,384 queries x 32 heads x 128 elements: 2 B in, and 4 B of the partial output read and written.
+    assert gather.bytes() == pytest.approx(8 * 16_384 * 32 * 128 * (2 + 4 + 4))
+    assert estimator(moba + ",prefill_gathered=true").prefill(1, 65_536) > estimator(moba).prefill(1, 65_536)

@@ -72,6 +72,22 @@ def test_a_balanced_split_beats_both_ends():
     assert experts(whole, 1, "hbm") == pytest.approx(experts(built(), 1, "hbm") / 2, rel=1e-9)
 
 
+def test_a_balanced_prefill_gives_the_cpu_less():
+    # 2048 tokens: the CPU is bound by its arithmetic, so at balance the link takes most of the missed experts.
+    times = {x: float(built(f"moe-offload:slots=4,cpu={x}").prefill(1, 2048)) for x in ("0", "0.1", "0.3", "0.92", "balanced")}
+    assert times["balanced"] == pytest.approx(min(times.values()), rel=1e-9)
+    busy = built("moe-offload:slots=4,cpu=balanced").parts(1, 2048, 0, is_decode=False).busy
+    assert busy["cpu"] == pytest.approx(busy["host_link"], rel=0.05)
+
+
+def test_a_pass_that_needs_all_experts_guesses_none_wrong():
+    # 4096 tokens reach all 8 experts: whatever is fetched ahead is used, so nothing crosses the link twice.
+    half, sure = built("moe-offload:slots=4,accuracy=0.5"), built("moe-offload:slots=4,accuracy=1")
+    seconds = [float(e.prefill(1, 4096)) for e in (half, sure)]
+    assert seconds[0] == pytest.approx(seconds[1], rel=1e-6)
+    assert float(half.decode(1, 256)) > float(sure.decode(1, 256))
+
+
 def test_prefetching():
     # A perfect predictor one layer ahead: all misses of 31 of 32 layers arrive early; wrong guesses cross for nothing.
     sure, half = built("moe-offload:slots=4,accuracy=1"), built("moe-offload:slots=4,accuracy=0.5")

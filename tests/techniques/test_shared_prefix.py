@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -58,6 +59,16 @@ def test_groups_no_larger_than_the_batch() -> None:
     e = built("shared-prefix:tokens=1000,group=64")
     assert e.memory(8, 2000).kv == pytest.approx((8 * 1000 + 1000) * KV, rel=0.01)
     assert read_kv(e, 1, 2000) == pytest.approx(2000 * KV / 32)
+
+
+def test_contexts_inside_the_prefix_stand_beside_longer_ones() -> None:
+    """Of 1024 tokens all are shared, so the private kernel has no work there, and an array of contexts stays finite."""
+    e = built("shared-prefix:tokens=4096,group=16")
+    contexts = np.array([1024.0, 4096.0, 6000.0])
+    together = np.asarray(e.decode(16, contexts))
+    assert np.all(np.isfinite(together))
+    assert np.all(np.diff(together) >= 0)
+    assert together[2] == pytest.approx(e.decode(16, 6000))
 
 
 def test_capacity_counts_the_prefix_once() -> None:

@@ -101,7 +101,7 @@ def test_random_reads_stop_at_the_operations_of_a_drive() -> None:
         (row(op="teleport"), "unknown copy 'teleport'"),
         (storage(op="trim_1M"), "unknown storage operation"),
         (storage(op="sequential_read"), "size of a request not stated"),
-        (storage(hardware="A40"), "no local drives"),
+        (storage(hardware="A30"), "no local drives"),
         (storage(hardware="cxl-expander"), "cxl-expander"),
         (row(op="host_to_device", hardware="no-such"), "unknown hardware"),
     ],
