@@ -7,7 +7,7 @@ from typing import Any
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-KINDS = ("hardware", "models", "papers", "reports")
+KINDS = ("hardware", "models", "papers", "reports", "techniques")
 
 
 class CatalogHook(BuildHookInterface):

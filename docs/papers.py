@@ -43,7 +43,9 @@ def page(papers: list[Paper], results: dict[str, list[Result]]) -> str:
         "<!-- Printed by docs/papers.py; edit papers/*.yaml and run it again. -->",
         "# What the literature claims, and what this model says\n",
         "Every paper is one file of `papers/`: a baseline and a proposal in settings whose every number has an origin, and the "
-        "printed claims as expressions of what the settings give. Nothing is fitted to a claim. Run them with "
+        "printed claims as expressions of what the settings give. Nothing is fitted to a claim. Where a paper's text was read "
+        "only in a public summary, in its repository or in notes on it, the source says so; what was not found is assumed, over "
+        "a range. Run them with "
         "`perfmodel papers run --all`, one with `perfmodel papers run ID`; `perfmodel explain --paper ID` shows which resource a "
         "proposal relieves and where it stops helping.\n",
         "A ratio is met within |ln(predicted/claimed)| ≤ max(0.1, 0.3·|ln claimed|) and in the same direction, an absolute "
@@ -67,7 +69,13 @@ def _verdicts(s: Score) -> str:
         share = f"{count / s.counted:.0%}" if s.counted and name != "input" else ""
         rows.append(f"| {name} | {count} | {share} | {s.sourced.get(name, 0)} | {meaning} |")
     rows.append(f"| **counted** | **{s.counted}** | | {sum(s.sourced.values())} | all but `input` |")
-    return "\n".join(rows) + "\n"
+    met, with_bound = s.share("reproduced"), s.share("reproduced", "bounded")
+    total = (
+        f"\nOf {s.counted} claims {met:.0%} are reproduced, {with_bound:.0%} reproduced or bounded, and "
+        f"{s.share('reproduced', 'bounded', 'consistent', 'derived'):.0%} with those that rest on an assumption or on a measured "
+        "input. A scenario is fully sourced where nothing in it is assumed, its presets included."
+    )
+    return "\n".join(rows) + "\n" + total + "\n"
 
 
 def _nulls(s: Score) -> str:

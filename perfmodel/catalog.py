@@ -24,7 +24,7 @@ from perfmodel.spec.hardware import Device, Network, Node, PriceList
 from perfmodel.spec.model import Model
 from perfmodel.spec.technique import Preset
 
-_KINDS = ("hardware", "models", "papers", "reports", "techniques")
+KINDS = ("hardware", "models", "papers", "reports", "techniques")
 _user_roots: list[Path] = []
 # Folders under hardware/ that hold no devices.
 _NOT_HARDWARE = {"prices", "calibrations"}
@@ -55,7 +55,7 @@ def _roots(kind: str) -> list[Path]:
         raise SpecError(f"no such folder of specs: {missing} (from $PERFMODEL_SPECS)")
     own = []
     for base in (*_user_roots, *environment):
-        sorted_by_kind = any((base / k).is_dir() for k in _KINDS)
+        sorted_by_kind = any((base / k).is_dir() for k in KINDS)
         own.append(base / kind if sorted_by_kind else base)
     return [*own, root(kind)]
 

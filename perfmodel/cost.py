@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from perfmodel.estimator import Estimator
-from perfmodel.graph import Phase
+from perfmodel.graph import Phase, Program
+from perfmodel.kernels.elsewhere import work_joules
 from perfmodel.ops.shard import Group
 from perfmodel.roofline import cost as schedule_cost
+from perfmodel.schedule import operators
 
 
 def device_power(e: Estimator, busy_compute: float, busy_memory: float) -> float | None:
@@ -42,18 +44,35 @@ def demand_shares(
 
 def step_shares(e: Estimator, phase: Phase, seconds: float) -> tuple[float, float]:
     """Shares of the peak compute and memory rates that one forward pass demands of one device in `seconds`."""
-    peak = schedule_cost(e.lower(phase).schedule, e.machine).peak
+    return _shares(e, e.lower(phase), seconds)
+
+
+def _shares(e: Estimator, program: Program, seconds: float) -> tuple[float, float]:
+    peak = schedule_cost(program.schedule, e.machine).peak
     return float(peak["compute"]) / seconds, float(peak["hbm"]) / seconds
 
 
-def pass_energy(e: Estimator, phase: Phase, seconds: float) -> float | None:
-    """Joules of one forward pass of `seconds` on all devices of an instance: power x time; None without a TDP.
+def pass_power(e: Estimator, program: Program, seconds: float) -> float | None:
+    """Watts of one device during a pass that takes `seconds`; None without a TDP.
 
     Clocks, caps and what a technique takes out of the pass enter through the machine's power law and the demands.
     """
-    compute, memory = step_shares(e, phase, seconds)
-    watts = device_power(e, min(compute, 1.0), min(memory, 1.0))
-    return None if watts is None else watts * seconds * float(e.par.devices)
+    return device_power(e, *_shares(e, program, seconds))
+
+
+def program_energy(e: Estimator, program: Program, seconds: float) -> float | None:
+    """Joules of a lowered pass of `seconds` on all devices of an instance; None without a TDP.
+
+    Power x time of the devices, and what memories that compute draw beside them.
+    """
+    watts = pass_power(e, program, seconds)
+    beside = sum(float(times * work_joules(op, e.machine)) for op, times, _ in operators(program.schedule))
+    return None if watts is None else (watts * seconds + beside) * float(e.par.devices)
+
+
+def pass_energy(e: Estimator, phase: Phase, seconds: float) -> float | None:
+    """Joules of one forward pass of `seconds` on all devices of an instance; None without a TDP."""
+    return program_energy(e, e.lower(phase), seconds)
 
 
 def decode_energy(e: Estimator, batch: float, context: float) -> float | None:

@@ -17,7 +17,7 @@ from perfmodel.graph import Phase
 from perfmodel.ops.shard import Group
 from perfmodel.schedule import Node, Repeat, Seq
 from perfmodel.symbols import Num
-from perfmodel.techniques.base import Denoising, Pass
+from perfmodel.techniques.base import Denoising, Pass, Request, Round
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int 
     """Seconds of `steps` denoising passes over `batch` sequences of `tokens` latent patches (or text tokens).
 
     guidance: conditions each sequence is denoised under (classifier-free guidance: 2). beside: seconds of text encoder and
-    decoder of the latents. Raises SpecError for pipeline parallelism, whose stages a single batch leaves idle.
+    decoder of the latents. Raises SpecError for pipeline parallelism, whose stages a single batch leaves idle, and for
+    techniques of prompts and decode rounds.
 
     >>> d = denoise(Estimator("dit-xl-2", "a100-sxm-80gb"), 1, 256, 50)
     >>> 50 * 2 * 119e9 / 312e12 < d.seconds < 10 * 50 * 2 * 119e9 / 312e12  # 119 G multiply-adds a pass
@@ -48,7 +49,10 @@ def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int 
         raise SpecError("batch, tokens and steps must be at least 1")
     n = np.asarray(batch, float) * guidance
     found = Denoising((Pass(np.asarray(steps, float), np.asarray(tokens, float)),))
+    prompt = Request(float(np.max(tokens)))
     for technique in e.techniques:
+        if technique.request(prompt) != prompt or technique.round(Round(), float(np.max(n))) != Round():
+            raise SpecError(f"{technique.kind} changes prompts or decode rounds; a denoiser has neither")
         found = technique.denoise(found, n, e.model, e.formats, e.par)
     seconds: Any = np.asarray(beside, float)
     lower: Any = 0.0

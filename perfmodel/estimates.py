@@ -12,6 +12,7 @@ from perfmodel.estimator import Estimator
 from perfmodel.parts import Parts
 from perfmodel.spec.model import Model
 from perfmodel.symbols import ALPHABET
+from perfmodel.techniques.base import finding
 
 
 def estimate(
@@ -40,6 +41,8 @@ def estimate(
     """
     e = Estimator(model, hardware, **instance)
     check_request(e.model, batch, isl, osl, prefix)
+    if prefix and (kind := finding(e.techniques)):
+        raise SpecError(f"--prefix and {kind} both say which tokens of a prompt are cached; give one of them")
     e.require_fit()
     first = e.parts(batch, isl - prefix, prefix, is_decode=False)
     step = _decode_parts(e, batch, isl, osl)
@@ -51,7 +54,7 @@ def estimate(
         "overhead": float(used.overhead), "graphs": float(used.graphs), "other": float(used.other),
         "total_per_device": float(used.total), "capacity": float(used.capacity),
         "fits": bool(used.fits), "max_batch": e.max_batch(isl + osl),
-        "kv_tokens": memory.kv_tokens(e.model, e.par, e.formats, e.machine, e.engine, e.mem_fraction),
+        "kv_tokens": memory.kv_tokens(e.model, e.par, e.formats, e.machine, e.engine, e.mem_fraction, isl + osl),
         "account": e.engine.account.title,
     }  # fmt: skip
     result["provenance"] = f"{e.machine.provenance}; engine {e.engine_name}"

@@ -185,7 +185,7 @@ def _fetches(mixer: Any, s: Shard) -> list[Op]:
     ops: list[Op] = []
     loads = [(g.n, load) for g in s.groups for load in g.loads]
     for i, (n, load) in enumerate(loads):
-        held = _mixer_cache(mixer, n, load.tokens / s.par.cp, s.par, s.formats, s.block, s.hidden, s.layers)
+        held = _mixer_cache(mixer, n, load.tokens, s.par, s.formats, s.block, s.hidden, s.layers)
         # What another technique leaves on a farther tier is not brought in by this.
         for tensor in sorted({r.tensor for r in held if r.tier == "hbm"}):
             size = sum((r.bytes for r in held if r.tier == "hbm" and r.tensor == tensor), start=0.0)
@@ -326,7 +326,7 @@ def cache_residency(model: Model, par: Parallelism, formats: Formats, sequences:
         shard = Shard(model.hidden, (), par, formats)
         for layers, some in _alike(count, shard):
             room = _room(mixer, tokens, par, some.formats, name, model.hidden, layers)
-            for r in _mixer_cache(mixer, per_rank, room / par.cp, par, some.formats, name, model.hidden, layers):
+            for r in _mixer_cache(mixer, per_rank, room, par, some.formats, name, model.hidden, layers):
                 stored.append(replace(r, elements=r.elements * layers * stage))
     for c in (c for t in formats.techniques for c in t.companions(model)):
         own = replace(checkpoint_formats(c.model), techniques=c.techniques)
@@ -357,7 +357,7 @@ def _mixer_cache(
 ) -> list[Residency]:
     if mixer is None:
         return []
-    total = sequences * tokens
+    total = sequences * tokens / par.cp
     if f.techniques and mixer.kind in ("attention", "latent"):
         return _edited_cache(mixer, sequences, tokens, par, f, name, hidden, layers)
     if mixer.kind == "attention":

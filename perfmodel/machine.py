@@ -209,7 +209,7 @@ def from_device(device: Device, node: Node | None) -> Machine:
         p2p=fabric.p2p if fabric else scale_up is not None or device.datacenter_licence,
         in_switch=bool(fabric and fabric.in_switch_reduction),
         network=nics.bandwidth * nics.count / count if nics else 0.0,
-        host_link=host.bandwidth if host else 0.0,
+        host_link=_to_host(host, node),
         tdp=device.power.tdp if device.power else 0.0,
         node_overhead_power=node.power.overhead if node and node.power else 0.0,
         law={k: p.value for k, p in shared.items()} | general,
@@ -230,6 +230,14 @@ def achieved(device: Device, node: Node | None) -> dict[str, Resolved]:
     found = calibration.class_parameters(device) | calibration.link_parameters(technology)
     found |= {k.replace("link", "network"): v for k, v in network.items()}
     return found | calibration.own_parameters(device)
+
+
+def _to_host(port: Any, node: Node | None) -> float:
+    """Bytes/s of the link to the host: the device's, or that of the slot a node gives it."""
+    if port is None:
+        return 0.0
+    slot = node.pcie.bandwidth if node and node.pcie else np.inf
+    return float(min(port.bandwidth, slot))
 
 
 def _fabric(fabric: Fabric | None, device: Device) -> tuple[str, float]:

@@ -6,6 +6,7 @@ import math
 import sys
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -63,10 +64,14 @@ def weight_bytes(model: Model, par: Parallelism, formats: Formats) -> Num:
     return sum((r.bytes for r in weight_residency(model, par, formats) if r.tier == "hbm"), start=0.0)
 
 
-def kv_bytes_per_token(model: Model, formats: Formats) -> float:
-    """Cached bytes one token adds over all attention layers at full length, whole model."""
-    one = cache_residency(model, Parallelism(), formats, 1, 1)
-    return float(sum(r.bytes for r in one if r.tensor == "kv"))
+def kv_bytes_per_token(model: Model, formats: Formats, length: Num = 1.0) -> Any:
+    """Cached bytes of a token over all attention layers and tiers, whole model: the mean over a sequence of `length`.
+
+    Without techniques every token adds as much, whatever the length; budgets and residual windows make it fall or rise.
+    """
+    stored = cache_residency(model, Parallelism(), formats, 1, length)
+    found = sum((r.bytes for r in stored if r.tensor == "kv"), start=0.0) / length
+    return found if np.ndim(found) else float(found)
 
 
 def state_bytes_per_sequence(model: Model, formats: Formats) -> float:
@@ -153,11 +158,15 @@ def kv_capacity(
 
 
 def kv_tokens(
-    model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine, mem_fraction: float | None = None
-) -> int:
-    """Tokens the engine would report as the size of its cache, per data-parallel rank; 0 where nothing grows."""
+    model: Model, par: Parallelism, formats: Formats, m: Machine, engine: Engine, mem_fraction: float | None = None,
+    length: float = 1.0,
+) -> int:  # fmt: skip
+    """Tokens the engine would report as the size of its cache, per data-parallel rank; 0 where nothing grows.
+
+    length: tokens of a sequence, which matter to techniques only.
+    """
     pool = kv_capacity(model, par, formats, m, engine, mem_fraction)
-    return int(cache_tokens(account(model, par, formats, m, engine), max(pool, 0.0), engine.block_tokens))
+    return int(cache_tokens(account(model, par, formats, m, engine), max(pool, 0.0), engine.block_tokens, length=length))
 
 
 def most_sequences(model: Model, par: Parallelism, formats: Formats, free: float, tokens: float, block: int) -> float:

@@ -107,7 +107,7 @@ def op_cost(op: Op, m: Machine) -> Cost:
         return Cost(seconds, 0.0, {op.on: seconds}, {op.on: least})
     if op.kind == "grouped_gemm" and "experts" in op.shape:
         op = as_served(op, m)
-    d = LAWS[op.kind](op, m)
+    d = LAWS["stage" if "stage" in op.shape else op.kind](op, m)
     p = m.law["overlap_power"]
     together = (d.compute**p + d.vector**p + (d.memory + d.cache) ** p) ** (1 / p)
     # What runs inside another kernel, or in some steps only, waits no more often than it is launched.

@@ -103,6 +103,8 @@ def listing(results: list[Result]) -> str:
 def summary(s: Score) -> str:
     """Counts of each verdict, and the null models beside ours."""
     parts = ", ".join(f"{n} {v}" for v, n in sorted(s.verdicts.items(), key=lambda x: -x[1]))
+    if not parts:
+        return "\nno claims, predictions only"
     sourced = ", ".join(f"{n} {v}" for v, n in sorted(s.sourced.items(), key=lambda x: -x[1])) or "none"
     return (
         f"\n{sum(s.verdicts.values())} claims: {parts}\n"

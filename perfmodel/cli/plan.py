@@ -22,11 +22,12 @@ OBJECTIVES = ["cost", "devices", "power", "carbon", "latency", "goodput"]
 @click.option("--load", type=Finite(above=True), help="Multiple of the rate to plan for.  [the file's]")
 @click.option("--quick", is_flag=True, help="Only the plan: no runners-up, no sensitivities.")
 @click.option("--replay-all", is_flag=True, help="Replay runners-up, alternatives and what-ifs too.")
+@click.option("--measure", is_flag=True, help="Look also among rates measured by replay: may be cheaper, takes minutes.")
 @click.option("--no-report", is_flag=True, help="Write no report.")
 @common_options
 def plan(
     file: str, out: str, objective: str | None, confidence: float | None, budget: str | None, load: float | None,
-    quick: bool, replay_all: bool, no_report: bool, as_json: bool,
+    quick: bool, replay_all: bool, measure: bool, no_report: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Choose the fleet for the workload in FILE (YAML)."""
     from perfmodel.planner.run import plan as run
@@ -38,7 +39,7 @@ def plan(
     shown = progress if sys.stderr.isatty() else None
     result = run(
         file, objective=objective, confidence=confidence, budget=budget, load=load, explain=not quick, replay_all=replay_all,
-        progress=shown,
+        measured=measure, progress=shown,
     )  # fmt: skip
     if as_json:
         echo_json(result.data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import click
@@ -53,35 +54,68 @@ def show(name: str, as_json: bool) -> None:
     cls = kinds()[built.kind]
     preset = None if name in kinds() else catalog.load_preset(name)
     given = built.model_dump()
-    knobs = [_knob(n, f, given[n]) for n, f in cls.model_fields.items()]
+    knobs = [_knob(n, f, given[n], preset.number_sources.get(n, "") if preset else "")
+             for n, f in cls.model_fields.items() if cls.by_layer or n != "spare_layers"]  # fmt: skip
     data: dict[str, Any] = {
-        "name": name, "kind": built.kind, "quality": built.effects(), "reference": cls.reference,
-        "equation": (cls.__doc__ or "").strip(), "parameters": knobs, "excludes": dict(cls.excludes),
+        "name": name, "kind": built.kind, "quality": built.effects() if preset else cls.quality, "reference": cls.reference,
+        "equation": _text(cls), "parameters": knobs, "excludes": dict(cls.excludes),
+        "title": preset.title if preset else summary(cls),
         "sources": {k: s.model_dump() for k, s in preset.sources.items()} if preset else {},
+        "notes": list(preset.notes) if preset else [],
     }  # fmt: skip
     if as_json:
         echo_json(data)
         return
-    click.echo(f"{heading(name)}  {built.kind if preset else ''}  {data['quality']}, {cls.reference}".replace("    ", "  "))
-    click.echo("\n" + "\n".join("  " + line.strip() for line in data["equation"].splitlines()) + "\n")
-    rows = [["parameter", "value", "unit", "range", "meaning"]]
-    rows += [[k["name"], str(k["value"]), k["unit"], k["range"], k["meaning"]] for k in knobs]
-    click.echo(table(rows))
-    for other, why in cls.excludes.items():
-        click.echo(f"\n  not with {other}: {why}")
+    click.echo("\n".join(_of_preset(data, preset.parameters) if preset else _of_kind(data)))
+
+
+def _of_kind(data: dict[str, Any]) -> list[str]:
+    lines = [f"{heading(data['name'])}  {data['quality']}, {data['reference']}", ""]
+    lines += ["  " + line for line in data["equation"].splitlines()]
+    rows = [["parameter", "default", "unit", "range", "meaning"]]
+    rows += [[k["name"], plain(k["value"]), k["unit"], k["range"], k["meaning"]] for k in data["parameters"]]
+    lines += ["", table(rows), *([""] if data["excludes"] else [])]
+    return lines + [f"  not with {other}: {why}" for other, why in data["excludes"].items()]
+
+
+def _of_preset(data: dict[str, Any], chosen: dict[str, Any]) -> list[str]:
+    """Only what the preset sets, and where each number is from."""
+    lines = [f"{heading(data['name'])}  {data['kind']}, {data['quality']}", "", f"  {data['title']}", ""]
+    rows = [["parameter", "value", "unit", "from", "meaning"]]
+    rows += [[k["name"], plain(k["value"]), k["unit"], k["source"], k["meaning"]]
+             for k in data["parameters"] if k["name"] in chosen]  # fmt: skip
+    lines += [table(rows), ""]
     for key, source in data["sources"].items():
-        click.echo(f"  {key}: {source['title']} {source['url'] or ''}")
+        lines.append(f"  {key}: {source['title']}  {source['url'] or ''}")
+        lines += [f"    {source['note']}"] if source["note"] else []
+    lines += [f"  note: {note}" for note in data["notes"]]
+    return [*lines, "", f"  Equation and all other parameters: perfmodel techniques show {data['kind']}"]
+
+
+def _text(cls: Any) -> str:
+    return inspect.cleandoc(cls.__doc__ or "")
 
 
 def summary(cls: Any) -> str:
     """First sentence of a technique's description."""
-    return (cls.__doc__ or "").strip().split("\n\n")[0].replace("\n", " ").replace("    ", "").split(". ")[0].rstrip(".")
+    return _text(cls).split("\n\n")[0].replace("\n", " ").split(". ")[0].rstrip(".")
 
 
-def _knob(name: str, field: Any, value: Any) -> dict[str, Any]:
-    low = next((m.ge for m in field.metadata if hasattr(m, "ge")), None)
-    high = next((m.le for m in field.metadata if hasattr(m, "le")), None)
+def plain(value: Any) -> str:
+    """A parameter as it is typed."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, (tuple, list)):
+        return "+".join(str(v).replace(",", "/") for v in value)
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _knob(name: str, field: Any, value: Any, source: str = "") -> dict[str, Any]:
+    from perfmodel.techniques.base import limits, words
+
     unit = (field.json_schema_extra or {}).get("unit", "1")
-    limits = "" if low is None and high is None else f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
     unit = "" if unit == "1" else unit
-    return {"name": name, "value": value, "unit": unit, "range": limits, "meaning": field.description or ""}
+    allowed = " | ".join(x for x in (limits(field), *(word or "(empty)" for word in words(field.annotation))) if x)
+    return {"name": name, "value": value, "unit": unit, "range": allowed, "meaning": field.description or "", "source": source}

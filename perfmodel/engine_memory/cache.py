@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from perfmodel.engine_memory.instance import Instance
 from perfmodel.engine_memory.reserve import activations, graphs, overhead
@@ -34,12 +35,16 @@ def cache_pool(i: Instance, fraction: float, weights: float | None = None) -> fl
             return rest
 
 
-def cache_tokens(i: Instance, pool: float, block: int, *, table: bool = False) -> float:
+def cache_tokens(i: Instance, pool: float, block: int, *, table: bool = False, length: float = 1.0) -> float:
     """Tokens an engine says fit in `pool` bytes per device.
 
-    table: the pool was measured with the table of request slots in it.
+    table: the pool was measured with the table of request slots in it. length: tokens of a sequence, which matter where
+    techniques keep a budget of them or store the newest in another width.
     """
-    records = [r for r in cache_residency(i.model, i.par, i.formats, i.par.dp, 1) if r.tier == "hbm"]
+    records = [
+        replace(r, elements=r.elements / length) if r.tensor == "kv" else r
+        for r in cache_residency(i.model, i.par, i.formats, i.par.dp, length) if r.tier == "hbm"
+    ]  # fmt: skip
     attention = [r for r in records if r.tensor == "kv"]
     state = sum(float(r.bytes) for r in records if r.tensor == "state")
     per_token = sum(float(r.bytes) for r in attention)

@@ -154,8 +154,10 @@ def _where(name: str, found: dict[str, Any]) -> str:
     helps = "helps" if gain > 1 else "costs"
     if at is None:
         return f"{helps} at every {name} from {show(found['low'])} to {show(found['high'])}"
-    side = "up to" if at > found["here"] else "down to"
-    return f"{helps} {side} {show(at)}, and {'costs' if gain > 1 else 'helps'} beyond"
+    other = "costs" if gain > 1 else "helps"
+    if at > found["here"]:
+        return f"{helps} up to {show(at)}; {other} above"
+    return f"{helps} from {show(at)}; {other} below"
 
 
 def _time(x: float) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from perfmodel.kernels.attention import attention
-from perfmodel.kernels.base import STORED, Demands, streaming
+from perfmodel.kernels.base import STORED, Demands, stage, streaming
 from perfmodel.kernels.grouped import expert_passes, grouped_gemm
 from perfmodel.kernels.latent import latent_attention
 from perfmodel.kernels.matrix import gemm
@@ -24,6 +24,7 @@ LAWS: dict[str, Callable[[Op, Machine], Demands]] = {
     "gather": streaming,
     "scan": scan,
     "selection": selection,
+    "stage": stage,
 }
 
 __all__ = ["LAWS", "STORED", "Demands"]

@@ -14,6 +14,7 @@ from perfmodel.symbols import Num
 _KEY_BLOCK = 128  # keys one step of the inner loop multiplies
 _FEWEST_KEYS = 1e-9  # of a row whose keys all lie elsewhere: no work, and nothing to divide by
 _DECODE_ROWS = 64  # query rows of kernels made for decode: one matrix instruction of a group of warps
+_SAME = 1e-6  # by how much groups of one size may differ
 _SLOTS = 64  # devices with a few large units (TPUs, Gaudi) pipeline the items of one unit
 _WIDE = ("bf16", "fp16", "tf32", "fp32", "fp64")
 
@@ -40,15 +41,17 @@ def attention(op: Op, m: Machine) -> Demands:
     stored = sum((t.bytes for t in op.traffic if t.direction == "write"), start=0.0)
     d.compute = starts + np.where(w.together > 1, 0.0, stored) / rate
     dtype, padding = matrix_dtype(op), w.padding
+    again: Num = 0.0
     if dtype is not None:
         # Keys and values that are rebuilt fill whole tiles of their own.
         rebuilt = op.shape.get("rebuild", 0.0)
         padded = (op.flops[dtype] - rebuilt) * w.padding / _rate(dtype, m)
         plain = (op.flops[dtype] - rebuilt) / (m.vector * m.vector_efficiency)
-        on_matrix = (m.law["attention_packing"] > 0) | ~w.decode | (padded <= plain)
-        d.compute = d.compute + tail * (np.where(on_matrix, padded, plain) + rebuilt / _rate(dtype, m))
+        on_matrix = ~w.alone & ((m.law["attention_packing"] > 0) | ~w.decode | (padded <= plain))
+        d.compute = d.compute + tail * (np.where(on_matrix, padded, np.where(w.alone, 0.0, plain)) + rebuilt / _rate(dtype, m))
         padding = np.where(on_matrix, w.padding, 1.0)
-    d.vector = d.vector * padding * tail + unpacking(op, m) * tail
+        again = np.where(w.alone, plain + unpacking(op, m) * (op.shape["heads"] / op.shape["kv_heads"] - 1), 0.0)
+    d.vector = d.vector * padding * tail + (unpacking(op, m) + again) * tail
     d.latency = d.latency + m.law["attention_latency"]
     return d
 
@@ -69,6 +72,8 @@ class _Work(NamedTuple):
 
     decode: np.ndarray
     """Few queries over a longer cache."""
+    alone: np.ndarray
+    """Every query head of a decode step multiplies, and unpacks what it reads, by itself on the vector units."""
     items: Num
     together: Num
     """Items one unit works on at a time, hiding each other's starts."""
@@ -87,18 +92,22 @@ def _work(op: Op, m: Machine) -> _Work:
     (`attention_packing` 1). Others (0) treat every query head alone in prefill; their decode kernels work on two items of
     fewer rows at a time on each unit, or on the vector units where few rows would waste the matrix units. A tile
     multiplies the union of what its rows see: with a causal mask half a tile more than its mean row, with a window a
-    tile and a partial block more.
+    tile and a partial block more. A kernel that packs groups of one size (`packs` of the shape) takes the query heads of
+    others one by one.
     """
     s, law = op.shape, m.law
     n, q, kv_len, heads = s["n"], s["q"], s["kv_len"], s["heads"]
     tile, group = law["attention_tile"], heads / s["kv_heads"]
     packs = law["attention_packing"]
     decode = np.asarray((kv_len > q) & (group * q <= tile))
-    shared = np.where(group > law["attention_largest_group"], 1.0, group)
+    packed = s.get("packs", 0.0)
+    alone = decode & (packed > 0) & (np.abs(group - packed) > _SAME)
+    shared = np.where((group > law["attention_largest_group"]) | alone, 1.0, group)
     shared = np.where(decode, shared, group**packs)
     rows = shared * q
     tiles = np.ceil(rows / tile)
-    items = n * heads / shared * tiles
+    pieces = s.get("pieces", 1.0)  # of the context, each an item of its own
+    items = n * heads / shared * tiles * pieces
     together = np.maximum(law["attention_blocks"], np.where(decode, 2.0 - packs, 1.0))
     height = np.where(decode & (packs == 0), np.minimum(_DECODE_ROWS, tile), tile)
 
@@ -110,7 +119,7 @@ def _work(op: Op, m: Machine) -> _Work:
     longest = union + (full - union) * np.clip(2 - 2 * slope, 0.0, 1.0)
     padding = np.ceil(rows / height) * height / rows * union / seen
 
-    divisible = np.where(decode, kv_len, kv_len - q)
+    divisible = np.where(decode, kv_len, kv_len - q) / pieces
     parts = items * np.maximum(np.minimum(divisible / law["decode_chunk"], 2 * m.units / items), 1.0)
 
     def stretch(count: Num, uneven: Num) -> Num:
@@ -119,4 +128,4 @@ def _work(op: Op, m: Machine) -> _Work:
         return np.maximum(uneven / each, 1 + 0.5 * uneven / each * (each > 1))
 
     tail = np.minimum(stretch(items, longest / union), stretch(parts, longest / union))
-    return _Work(decode, items, together, parts, padding, tail)
+    return _Work(decode, alone, items, together, parts, padding, tail)

@@ -53,6 +53,17 @@ def streaming(op: Op, m: Machine) -> Demands:
     return Demands(vector=vector, memory=memory, cache=cache, latency=m.memory_latency)
 
 
+def stage(op: Op, m: Machine) -> Demands:
+    """One stage of a dataflow pipeline: units are laid out for it, so no tiles, work items or ramps limit its rate.
+
+    compute = sum of FLOPs / (peak e_matrix); memory = bytes / (bandwidth e), as of `streaming` without a cache between.
+    """
+    flows = streaming(op, m)
+    products = sum((f / m.peak(u) for u, f in op.flops.items() if u not in ("vector", "exp")), start=0.0)
+    memory = (stored_bytes(op) + passing_bytes(op)) / (m.bandwidth * m.bandwidth_efficiency)
+    return Demands(products / m.matrix_efficiency, flows.vector, memory, 0.0, flows.latency)
+
+
 # Devices of fewer, wider cores (TPU, Gaudi) divide a row among them.
 FEWEST_UNITS = 16
 

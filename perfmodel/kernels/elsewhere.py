@@ -16,6 +16,7 @@ from perfmodel.spec.hardware import Node
 from perfmodel.symbols import Num
 
 _IN_FLIGHT = 64  # requests that one reader keeps at a drive
+_INTEGER_WIDTH = 1.1  # bytes of an 8-bit weight with the scales of its group
 _MATRIX_ROWS = 16  # rows of the matrix instruction of CPUs (Intel AMX tiles); fewer rows use part of it
 
 
@@ -24,7 +25,8 @@ class Rates:
     """A place that computes: achieved bytes/s of its memory, FLOP/s, and seconds before a call begins.
 
     The fields with a zero for default: FLOP/s where many rows meet one matrix, exponentials/s, datasheet bytes/s and
-    FLOP/s for the lower bound. Zero: as the general rate.
+    FLOP/s for the lower bound, OP/s of integer products. Zero: as the general rate. Joules: what its arrays and units
+    draw beside the device, which has a power of its own; zero: not counted.
     """
 
     bandwidth: float
@@ -34,10 +36,17 @@ class Rates:
     exp: float = 0.0
     most_bandwidth: float = 0.0
     most_flops: float = 0.0
+    integer: float = 0.0
+    joules_per_byte: float = 0.0
+    joules_per_flop: float = 0.0
 
-    def rate(self, rows: Num) -> Num:
-        """FLOP/s where `rows` vectors meet one matrix: with many the matrix units serve."""
-        return np.maximum(self.flops, self.matrix * np.minimum(rows / _MATRIX_ROWS, 1.0))
+    def rate(self, rows: Num, width: Num = 2.0) -> Num:
+        """FLOP/s where `rows` vectors meet one matrix of elements of `width` bytes: with many rows the matrix units serve.
+
+        Weights of at most 8 bits are multiplied as integers with activations rounded to 8 bits (llama.cpp, ggml's Q8).
+        """
+        narrow = self.integer if width <= _INTEGER_WIDTH else 0.0
+        return np.maximum(max(self.flops, narrow), self.matrix * np.minimum(rows / _MATRIX_ROWS, 1.0))
 
 
 @dataclass(frozen=True)
@@ -80,13 +89,15 @@ def _host(node: Node) -> Rates:
     share = 1 / node.devices.count
     sockets = host.sockets * share
     matrix = cpu.peak("bf16")
+    integer = cpu.device.compute.vector.get("int8", 0.0) if cpu.device.compute else 0.0
     return Rates(
         bandwidth=host.memory_bandwidth * float(cpu.bandwidth_efficiency) * share,
         flops=sockets * cpu.vector * float(cpu.vector_efficiency),
         latency=float(cpu.kernel_latency),
         matrix=sockets * matrix * float(cpu.matrix_efficiency),
         most_bandwidth=host.memory_bandwidth * share,
-        most_flops=sockets * max(cpu.vector, matrix),
+        most_flops=sockets * max(cpu.vector, matrix, integer),
+        integer=sockets * integer * float(cpu.vector_efficiency),
     )
 
 
@@ -100,9 +111,19 @@ def work_seconds(op: Op, m: Machine) -> tuple[Num, Num]:
     apart = ("exp", "vector") if r.exp else ()
     flops = sum((f for unit, f in op.flops.items() if unit not in apart), start=0.0)
     softmax = op.flops.get("exp", 0.0) / r.exp if r.exp else 0.0
-    busy = np.maximum(np.maximum(moved / r.bandwidth, flops / r.rate(op.shape.get("rows", 0.0))), softmax)
+    width = max((t.width for t in op.traffic if t.path == op.on and t.tensor in ("weights", "experts")), default=2.0)
+    busy = np.maximum(np.maximum(moved / r.bandwidth, flops / r.rate(op.shape.get("rows", 0.0), width)), softmax)
     least = np.maximum(moved / (r.most_bandwidth or r.bandwidth), flops / (r.most_flops or r.flops))
     return np.where(busy > 0, busy + r.latency, 0.0), least
+
+
+def work_joules(op: Op, m: Machine) -> Num:
+    """Joules of one operator elsewhere: bytes x joules per byte + FLOPs x joules per FLOP; of any other operator none."""
+    if op.kind != "elsewhere":
+        return 0.0
+    r = rates(op.on, m)
+    moved = sum((t.bytes for t in op.traffic if t.path == op.on), start=0.0)
+    return r.joules_per_byte * moved + r.joules_per_flop * sum(op.flops.values(), start=0.0)
 
 
 def tier_capacity(m: Machine, tier: str) -> float:
@@ -121,7 +142,8 @@ def tier_capacity(m: Machine, tier: str) -> float:
 def copy_seconds(op: Op, m: Machine) -> tuple[Num, Num]:
     """Achieved seconds and least seconds of a copy between the device and a farther memory.
 
-    Pieces of `page` bytes are requested one after the other, each at the cost of a launch; 0: one piece.
+    Pieces of `page` bytes are requested one after the other, each at the cost of a launch, or of `issue` seconds of the host
+    where that is longer; 0: one piece.
     """
     moved = [t for t in op.traffic if t.path != "hbm"]
     tier, size = moved[0].path, sum((t.bytes for t in moved), start=0.0)
@@ -134,7 +156,8 @@ def copy_seconds(op: Op, m: Machine) -> tuple[Num, Num]:
         return np.where(size > 0, way.latency + size / rate + pieces * way.latency / way.in_flight, 0.0), size / rate
     if tier == "host":
         pieces = np.where(page > 0, size / np.maximum(page, 1.0), 0.0)
-        seconds = np.maximum(host_copy_seconds(m, size), pieces * m.kernel_latency)
+        issued = np.maximum(m.kernel_latency, op.shape.get("issue", 0.0))
+        seconds = np.maximum(host_copy_seconds(m, size), pieces * issued)
         return np.where(size > 0, seconds, 0.0), size / m.host_link
     if tier == "drive" and m.node is not None and m.node.drives:
         members = m.node.drives[0]

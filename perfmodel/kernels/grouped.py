@@ -50,7 +50,8 @@ def grouped_gemm(op: Op, m: Machine) -> Demands:
     elements = op.shape["groups"] * op.shape["n"] * op.shape["k"]
     return Demands(
         compute=_tiles(op, m, portable),
-        vector=elements / _per_clock(m, m.law["expert_feed"]),
+        # What unpacks weights takes its turn with what feeds them.
+        vector=elements / _per_clock(m, m.law["expert_feed"]) + d.vector,
         memory=stored_bytes(op) / rate + passing_bytes(op) / _pass_rate(m, portable),
     )
 

@@ -36,7 +36,8 @@ def latent_attention(op: Op, m: Machine) -> Demands:
     d = streaming(op, m)
     units = m.units if m.units >= FEWEST_UNITS else _WIDE_TILES
     absorbed = s["absorbed"] == 1
-    n, q, kv_len = s["n"], s["q"], s["kv_len"]
+    # Nothing is left to attend where sequences share all of a context.
+    n, q, kv_len = s["n"], s["q"], np.maximum(s["kv_len"], 1e-9)
     groups, rows = n * s["kv_heads"], s["heads"] / s["kv_heads"] * q
     portable = absorbed & (law["latent_portable"] > 0)
     small = law["latent_small_rows"]
@@ -51,7 +52,7 @@ def latent_attention(op: Op, m: Machine) -> Demands:
     if dtype is not None:
         charged = np.where(portable, _BLOCK, tile)
         padding = np.ceil(rows / tile) * charged / rows * np.ceil(kv_len / _BLOCK) * _BLOCK / kv_len
-        uneven = np.clip(kv_len * n * q / s["pairs"], 1.0, 2.0)
+        uneven = np.clip(kv_len * n * q / np.maximum(s["pairs"], 1e-9), 1.0, 2.0)
         stretch = np.maximum(np.ceil(full), uneven) / full
         narrow = law["latent_narrow_efficiency"] if dtype == "fp8" and m.native("fp8") else 1.0
         own = m.attention_efficiency * law["latent_efficiency"]

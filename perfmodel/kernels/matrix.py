@@ -58,22 +58,24 @@ def tiled(op: Op, m: Machine, groups: Num = 1) -> Num:
     plain = m.vector * m.vector_efficiency / m.units
     load_rate = m.law["unit_loading"] * m.bandwidth / m.units
     p = m.law["overlap_power"]
+    sizes = (rows, cols, depth, groups, rate, plain, load_rate, p, m.units, m.law["tile_overhead"], m.law["split_overhead"])
+    # One axis more, in front, for the shapes of tiles.
+    tile_m, tile_n = (x.reshape(-1, *(1,) * max(np.ndim(x) for x in sizes)) for x in np.array(_TILES, float).T)
+    grid = np.ceil(rows / tile_m) * np.ceil(cols / tile_n) * groups
+    used = np.minimum(rows, tile_m)
+    padded = np.minimum(np.ceil(used / _SMALLEST_ROWS) * _SMALLEST_ROWS, tile_m)
+    multiply = 2 * tile_n * np.minimum(padded / rate, used / plain)
+    load = (used * inputs + tile_n * stored) / load_rate
+    per_depth = (multiply**p + load**p) ** (1 / p)
+    # Only a grid that leaves units idle is split along k.
+    useful = grid < m.units
     best: Num = np.inf
-    for tile_m, tile_n in _TILES:
-        grid = np.ceil(rows / tile_m) * np.ceil(cols / tile_n) * groups
-        used = np.minimum(rows, tile_m)
-        padded = np.minimum(np.ceil(used / _SMALLEST_ROWS) * _SMALLEST_ROWS, tile_m)
-        multiply = 2 * tile_n * np.minimum(padded / rate, used / plain)
-        load = (used * inputs + tile_n * stored) / load_rate
-        per_depth = (multiply**p + load**p) ** (1 / p)
-        for split in _SPLITS:
-            # Only a grid that leaves units idle is split along k.
-            useful = grid < m.units
-            if split > 1 and not np.any(useful):
-                break
-            waves = np.ceil(grid * split / m.units)
-            seconds = waves * (per_depth * depth / split + m.law["tile_overhead"])
-            if split > 1:
-                seconds = np.where(useful, seconds + m.law["split_overhead"], np.inf)
-            best = np.minimum(best, seconds)
+    for split in _SPLITS:
+        if split > 1 and not np.any(useful):
+            break
+        waves = np.ceil(grid * split / m.units)
+        seconds = waves * (per_depth * depth / split + m.law["tile_overhead"])
+        if split > 1:
+            seconds = np.where(useful, seconds + m.law["split_overhead"], np.inf)
+        best = np.minimum(best, np.min(seconds, axis=0))
     return best

@@ -14,6 +14,8 @@ from perfmodel.parameters import mixer_weights
 from perfmodel.spec.model import Attention
 from perfmodel.symbols import Num, is_one, maximum
 
+KERNELS = ("attention", "latent_attention")
+
 
 def softmax_attention(
     name: str,
@@ -99,48 +101,55 @@ def _contextual(a: Attention, s: Shard, group: Group, i: int, heads: Num, kv_hea
         kv_elements=2 * kv_heads * a.head_dim, kv_width=f.kv.width, act_width=f.act.width,
         dtype=str(multiplied.matrix), window=a.window, causal=s.causal,
     )  # fmt: skip
+    ops = [op]
     if f.techniques:
         site = replace(cache_site(a, s.block, s.hidden, s.layers, s.par, f), new=0 if group.decode else group.q)
         cached = op.shape["kv_len"] if group.decode else op.shape["kv_len"] - group.q
-        kept = edited(f, site, cached, owned=not a.shares_kv)
-        return _divided(cached_attention(op, group, kept, site, suffix), s, group, a, heads, suffix)
-    if is_one(s.par.cp):
-        return [op]
-    return context_parallel(op, s, group, 2 * kv_heads * a.head_dim, heads * (a.head_dim + 1), suffix)
+        ops = cached_attention(op, group, edited(f, site, cached, owned=not a.shares_kv), site, suffix)
+    return context_parallel(ops, s, group, 2 * kv_heads * a.head_dim, heads * (a.head_dim + 1), suffix)
 
 
-def _divided(ops: list[Op], s: Shard, group: Group, a: Attention, heads: Num, suffix: str) -> list[Op]:
-    """The kernel on the device cut by context parallelism, like a plain cache."""
-    if is_one(s.par.cp):
-        return ops
-    kv = 2 * maximum(a.kv_heads / s.par.tp, 1) * a.head_dim
-    return [
-        x for op in ops
-        for x in (context_parallel(op, s, group, kv, heads * (a.head_dim + 1), suffix) if op.kind == "attention" else [op])
-    ]  # fmt: skip
-
-
-def context_parallel(op: Op, s: Shard, group: Group, kv_elements: Num, partial: Num, suffix: str) -> list[Op]:
+def context_parallel(ops: list[Op], s: Shard, group: Group, kv_elements: Num, partial: Num, suffix: str) -> list[Op]:
     """Divide one attention over cp devices and add the exchange.
 
     Prefill (ring attention, arXiv:2310.01889): pairs divide by cp with a balanced (zigzag) order, and each device
     passes on the keys and values of the other cp - 1. Decode: the cached context divides, and partial outputs with
-    their softmax statistics are gathered (arXiv:2311.01282).
+    their softmax statistics are gathered (arXiv:2311.01282). Of an edited cache, what is fetched, scanned or attended
+    elsewhere divides with the cached tokens; queries go to every rank's share.
     """
     cp = s.par.cp
-    flops = {unit: count / cp for unit, count in op.flops.items()}
-    cut = ("pairs", "unpack", "rebuild")
-    shape = {**op.shape, **{key: op.shape[key] / cp for key in cut if key in op.shape}}
-    divided = "kv" if group.decode else "activations"
-    traffic = tuple(replace(t, elements=t.elements / cp) if t.tensor == divided else t for t in op.traffic)
+    if is_one(cp):
+        return ops
+    found = []
+    for op in ops:
+        if op.kind in KERNELS:
+            op = _cut(op, group, cp)
+        elif op.kind in ("selection", "elsewhere") or (op.kind == "copy" and op.traffic[0].tensor == "kv"):
+            op = _portion(op, cp)
+        found.append(op)
     if group.decode:
-        shape["kv_len"] = op.shape["kv_len"] / cp
         exchange = collective(f"cp_gather{suffix}", "all_gather", group.tokens * partial * cp, 4, cp, stride=s.par.tp)
     else:
-        shape["q"] = op.shape["q"] / cp
         passed = group.n * (group.c + group.q) * (cp - 1) / cp * kv_elements
         exchange = collective(f"ring_kv{suffix}", "p2p", passed, s.formats.act.width, cp, stride=s.par.tp)
-    return [replace(op, flops=flops, traffic=traffic, shape=shape), replace(exchange, contextual=True)]
+    return [*found, replace(exchange, contextual=True)]
+
+
+def _cut(op: Op, group: Group, cp: Num) -> Op:
+    """One rank's part of an attention kernel: in decode of the keys, in prefill of the queries."""
+    flops = {unit: count / cp for unit, count in op.flops.items()}
+    shape = {**op.shape, **{key: op.shape[key] / cp for key in ("pairs", "unpack", "rebuild") if key in op.shape}}
+    length, divided = ("kv_len", "kv") if group.decode else ("q", "activations")
+    shape[length] = op.shape[length] / cp
+    traffic = tuple(replace(t, elements=t.elements / cp) if t.tensor == divided else t for t in op.traffic)
+    return replace(op, flops=flops, traffic=traffic, shape=shape)
+
+
+def _portion(op: Op, cp: Num) -> Op:
+    """One rank's part of another operator over cached tokens."""
+    shape = {**op.shape, "elements": op.shape["elements"] / cp} if "elements" in op.shape else op.shape
+    flops = {unit: count / cp for unit, count in op.flops.items()}
+    return replace(op, flops=flops, shape=shape, traffic=tuple(replace(t, elements=t.elements / cp) for t in op.traffic))
 
 
 def attention_cache(a: Attention, tokens: Num, sequences: Num, par_tp: Num, width: Num, block: str) -> list[Residency]:

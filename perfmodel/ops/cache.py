@@ -61,6 +61,8 @@ class Segment:
     """Sequences that share one stored copy (no more than there are)."""
     together: bool = False
     """A decode step reads the shared copy once for all sharers; else each of them reads it."""
+    piece: Num = 0.0
+    """Tokens of a copy read together that one work item attends, leaving its partial output in memory; 0: as kernels split."""
 
 
 @dataclass(frozen=True, slots=True)

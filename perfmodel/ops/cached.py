@@ -9,7 +9,7 @@ from typing import Any
 from perfmodel.ops.cache import DEVICE, Cache, Run, Scan, Segment, columns_share
 from perfmodel.ops.shard import Formats, Group, Parallelism
 from perfmodel.ops.traffic import Op, Residency, Traffic, read, write
-from perfmodel.symbols import Num, maximum, minimum
+from perfmodel.symbols import Num, is_one, maximum, minimum
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,7 @@ class Site:
     wide: Num
     """Bytes of an activation element."""
     pp: Num = 1
+    cp: Num = 1
     new: Num | None = None
     """New prompt tokens per sequence of the pass; 0: a decode step; none: not a pass, but what is stored."""
 
@@ -48,11 +49,14 @@ def cache_site(mixer: Any, block: str, hidden: Num, layers: Num, par: Parallelis
     else:
         heads = maximum(mixer.kv_heads / par.tp, 1)
         elements = 2 * heads * mixer.head_dim
-    return Site(block, mixer, hidden, par.tp, heads, elements, layers, f.kv.width, f.act.width, par.pp)
+    return Site(block, mixer, hidden, par.tp, heads, elements, layers, f.kv.width, f.act.width, par.pp, par.cp)
 
 
 def stored_cache(cache: Cache, site: Site, sequences: Num = 1) -> list[Residency]:
-    """What `sequences` store in one layer, segments and metadata, by tier."""
+    """What `sequences` store in one layer on one device, segments and metadata, by tier.
+
+    The cache is that of whole sequences; context parallelism gives every device its share of each part.
+    """
     found: list[Residency] = []
     for i, (run, s) in enumerate(_segments(cache)):
         if s.owned:
@@ -69,7 +73,7 @@ def stored_cache(cache: Cache, site: Site, sequences: Num = 1) -> list[Residency
     for scan in cache.scans:
         elements = sequences * longest * scan.heads * scan.elements * site.kv_elements
         found.append(Residency("kv", f"{site.block}.{scan.name}", elements, scan.width, scan.tier))
-    return found
+    return found if is_one(site.cp) else [replace(r, elements=r.elements / site.cp) for r in found]
 
 
 def edited(formats: Formats, site: Site, tokens: Num, *, owned: bool = True) -> Cache:
@@ -195,7 +199,7 @@ def _together(op: Op, group: Group, cache: Cache, site: Site, visible: Num, suff
     """Attention of all queries that share a prefix over one copy of it, and the merge of the partial outputs.
 
     n / g kernels' worth of g q queries each: the keys and values of the prefix are read n / g times, not n (Hydragen,
-    arXiv:2402.05099; ChunkAttention, arXiv:2402.15220).
+    arXiv:2402.05099; ChunkAttention, arXiv:2402.15220). A prefix taken in pieces leaves a partial output for each.
     """
     found: list[Op] = []
     for i, sharers in enumerate(sorted({s.sharers for _, s in _segments(cache) if not s.on})):
@@ -205,10 +209,12 @@ def _together(op: Op, group: Group, cache: Cache, site: Site, visible: Num, suff
         part = cache.only(lambda s, g=sharers: s.sharers == g)  # type: ignore[misc]
         kernel = _on_device(regrouped, merged, part, site, visible)
         if kernel is not None:
-            found.append(kernel)
+            piece = max((s.piece for _, s in _segments(part)), default=0.0)
+            pieces = maximum(kernel.shape["kv_len"] / piece, 1.0) if piece else 1.0
+            found.append(replace(kernel, shape={**kernel.shape, "pieces": pieces}) if piece else kernel)
             outputs = group.tokens * op.shape["heads"] * op.shape["v_dim"]
-            # The partial output of a kernel, in FP32, joins the one before it.
-            traffic = (write("activations", outputs, 4), read("activations", 2 * outputs, 4))
+            # The partial outputs of a kernel, in FP32, join the one before it.
+            traffic = (write("activations", pieces * outputs, 4), read("activations", (pieces + 1) * outputs, 4))
             found.append(Op(f"merge_{i}{suffix}", "elementwise", {"vector": 4 * outputs}, traffic, {"elements": outputs},
                             contextual=True))  # fmt: skip
     return found

@@ -13,7 +13,7 @@ from perfmodel.ops.traffic import Op, Residency, read, write
 from perfmodel.parameters import Weight, mixer_weights
 from perfmodel.spec.formats import Format
 from perfmodel.spec.model import Indexer, LatentAttention
-from perfmodel.symbols import Num, is_one, minimum
+from perfmodel.symbols import Num, minimum
 
 
 def latent_attention(a: LatentAttention, s: Shard) -> list[Op]:
@@ -100,12 +100,12 @@ def _contextual(a: LatentAttention, s: Shard, group: Group, i: int, heads: Num) 
         core = expanded_core(f"attention{suffix}", a, group, heads, f.act, f.act, s.causal)
     # Ranks that rebuild only their own share of keys and values must pass on what they rebuilt.
     passed = a.kv_rank + a.rope_dim if absorbed else heads * (a.nope_dim + a.v_dim) + a.rope_dim
+    attended = [core]
     if f.techniques and absorbed:
         site = replace(cache_site(a, s.block, s.hidden, s.layers, s.par, f), new=0 if group.decode else group.q)
         cached = core.shape["kv_len"] if group.decode else core.shape["kv_len"] - group.q
-        ops += cached_attention(core, group, edited(f, site, cached), site, suffix)
-    else:
-        ops += [core] if is_one(s.par.cp) else context_parallel(core, s, group, passed, heads * (a.kv_rank + 1), suffix)
+        attended = cached_attention(core, group, edited(f, site, cached), site, suffix)
+    ops += context_parallel(attended, s, group, passed, heads * (a.kv_rank + 1), suffix)
     if absorbed:
         ops.append(per_head(f"v_up{suffix}", s.local(group), heads, a.kv_rank, a.v_dim, width, f.act))
     return ops

@@ -216,25 +216,26 @@ class Facts:
 
     @property
     def eager_context(self) -> float:
-        """Longest prompt of one sequence that an eager framework prefills whole: beside the weights and the keys and values
-        that stay, one layer's at full length, and its intermediates or the logits of every position at 16 and 32 bits."""
-        e = self._estimator
+        """Longest prompts, `batch` of them together, that an eager framework prefills whole: beside the weights and the keys and
+        values that stay, one layer's at full length, and its intermediates or all positions' logits at 16 and 32 bits."""
+        e, many = self._estimator, self.batch
         layer = memory.kv_bytes_per_token(e.model, e.formats) / e.par.tp / self.layers
         token = max(self.prompt_activations + layer, e.model.vocab * (e.formats.act.width + 4) / e.par.tp)
         free = float(e.machine.capacity) - self.weights - float(e.memory(0, 1).other)
         low, high = 1.0, 2.0**34
         for _ in range(60):
             middle = math.sqrt(low * high)
-            low, high = (middle, high) if self._stored(1, round(middle)) + token * middle <= free else (low, middle)
+            low, high = (middle, high) if self._stored(many, round(middle)) + token * many * middle <= free else (low, middle)
         return low
 
     @property
     def prompt_scores(self) -> float:
-        """One layer's score matrix of all prompts of the batch at 16 and 32 bits, where attention is not fused [byte]."""
+        """One layer's scores of all prompts of the batch where attention is not fused [byte]: as the softmax takes them, its
+        result at 32 bits and the copy cast back, which modeling_llama.py of Transformers 4.35 has alive together."""
         e = self._estimator
         mixers = [b.mixer for b in e.model.blocks.values()]
         heads = max((m.heads for m in mixers if isinstance(m, (Attention, LatentAttention))), default=0)
-        return self.batch * heads / e.par.tp * self.input**2 * (e.formats.act.width + 4)
+        return self.batch * heads / e.par.tp * self.input**2 * (2 * e.formats.act.width + 4)
 
     @property
     def prompt_activations(self) -> float:

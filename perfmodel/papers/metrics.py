@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,8 @@ class Measured(Facts):
     def _prefill(self, batch: float, new: float, cached: float) -> float:
         return float(self._estimator.prefill(batch, new, cached))
 
-    def _decode(self, batch: float, context: float) -> float:
-        return float(self._estimator.decode(batch, context))
+    def _decode(self, batch: float, context: np.ndarray) -> np.ndarray:
+        return np.asarray(self._estimator.decode(batch, context))
 
     # One request, or one batch.
 
@@ -40,9 +41,9 @@ class Measured(Facts):
     def tpot(self) -> float:
         """Mean seconds per output token of a sequence in the batch, over the contexts it passes."""
         if self.output <= 1:
-            return self._decode(self.batch, self.input + 1)
+            return float(self._decode(self.batch, np.array([self.input + 1]))[0])
         at = self.input + np.array([0.113, 0.5, 0.887]) * self.output
-        return float(np.dot([5, 8, 5], [self._decode(self.batch, float(x)) for x in at]) / 18)
+        return float(np.dot([5, 8, 5], self._decode(self.batch, at)) / 18)
 
     @property
     def step(self) -> float:
@@ -76,6 +77,19 @@ class Measured(Facts):
     def total_throughput(self) -> float:
         """Input and output tokens per second of the instance."""
         return self.requests_per_s * (self.input + self.output)
+
+    @cached_property
+    def mixed_throughput(self) -> float:
+        """Input and output tokens per second of the instance where every step carries its share of prefill.
+
+        A step of b decoding sequences prefills b input / output tokens; a prompt longer than that passes in pieces.
+        """
+        tokens = self.batch * (self.input - self._value("prefix")) / self.output
+        prompts = max(tokens / (self.input - self._value("prefix")), 1.0)
+        piece = tokens / prompts
+        before = self._value("prefix") + (self.input - self._value("prefix") - piece) / 2
+        step = float(self._estimator.mixed(self.batch, self.input + self.output / 2, piece, before, prompts))
+        return self.batch / self.output * (self.input + self.output) / step
 
     @property
     def decode_throughput(self) -> float:
@@ -189,9 +203,9 @@ class Measured(Facts):
     @property
     def energy(self) -> float:
         """Joules per output token of all devices, prefill shared out."""
-        decode = self._power(self._phase(decode=True), self.step) * self.tpot / self.batch
-        prefill = self._power(self._phase(decode=False), self.ttft) * self.ttft / self._value("prompts") / self.output
-        return (decode + prefill) * self.devices
+        step = self._known(cost.pass_energy(self._estimator, self._phase(decode=True), self.step))
+        prefill = self._known(cost.pass_energy(self._estimator, self._phase(decode=False), self.ttft))
+        return step * self.tpot / self.step / self.batch + prefill / self._value("prompts") / self.output
 
     @property
     def prefill_power(self) -> float:
@@ -215,10 +229,13 @@ class Measured(Facts):
         return float(self._machine.node_overhead_power / self._machine.devices_per_node)
 
     def _power(self, phase: Phase, seconds: float) -> float:
-        watts = cost.device_power(self._estimator, *cost.step_shares(self._estimator, phase, seconds))
-        if watts is None:
+        return self._known(cost.pass_power(self._estimator, self._estimator.lower(phase), seconds))
+
+    def _known(self, found: float | None) -> float:
+        """A power or an energy; SpecError where the catalogue states no board power."""
+        if found is None:
             raise SpecError(f"the catalogue has no board power of {self.setting.hardware}")
-        return watts
+        return found
 
     @property
     def usd_per_s(self) -> float:
@@ -239,14 +256,15 @@ class Bare(Measured):
     """Null model: decode is the bytes read over the bandwidth, prefill the FLOPs over the peak; nothing else costs time."""
 
     def _prefill(self, batch: float, new: float, cached: float) -> float:
-        return self._floor(Phase((Group(batch, new, cached),)), "compute")
+        return float(self._floor(Phase((Group(batch, new, cached),)), "compute"))
 
-    def _decode(self, batch: float, context: float) -> float:
-        return self._floor(Phase((Group(batch, 1.0, context - 1, decode=True),)), "hbm")
+    def _decode(self, batch: float, context: np.ndarray) -> np.ndarray:
+        found = self._floor(Phase((Group(batch, 1.0, context - 1, decode=True),)), "hbm")
+        return np.broadcast_to(np.asarray(found, float), context.shape)
 
-    def _floor(self, phase: Phase, resource: str) -> float:
+    def _floor(self, phase: Phase, resource: str) -> Any:
         e = self._estimator
-        return float(roofline.cost(e.lower(phase).schedule, e.machine).peak[resource])
+        return roofline.cost(e.lower(phase).schedule, e.machine).peak[resource]
 
     @property
     def step(self) -> float:

@@ -16,6 +16,7 @@ from perfmodel.papers.setting import Resolved, merged, resolve
 from perfmodel.papers.verdict import COUNTED, Evidence, Verdict, judge, meets, middle, no_effect
 from perfmodel.spec import yaml
 from perfmodel.spec.paper import Claim, Paper, Prediction
+from perfmodel.techniques.registry import kinds
 
 _MOST_POINTS = 64
 
@@ -183,8 +184,7 @@ class Runner:
         """Whether a preset with assumed numbers takes part."""
         named = {path[0] for path in expression.names(text)} & set(self.paper.settings)
         plain = [t for n in named for t in merged(self.paper, n).get("techniques", ()) if isinstance(t, str)]
-        names = [t.partition(":")[0] for t in plain]
-        chosen = [catalog.load_preset(n) for n in names if n in catalog.names("techniques")]
+        chosen = [catalog.load_preset(n) for n in {t.partition(":")[0] for t in plain} - set(kinds())]
         return any("assumed" in preset.number_sources.values() for preset in chosen)
 
 
@@ -255,11 +255,13 @@ def _claim(runner: Runner, claim: Claim) -> Result:
     if claim.predict is None:
         verdict: Verdict = "input" if claim.not_ours else "open"
         reason = claim.not_ours or claim.open or ""
-        return _result(runner, claim, None, (), verdict, reason, sourced=True)
+        return _result(runner, claim, None, (), verdict, reason, sourced=False)
     given = runner.paper.parameters
-    used = runner.rests_on(claim.predict) - set(claim.sweep)
+    everything = runner.rests_on(claim.predict)
+    used = everything - set(claim.sweep)
     assumed = tuple(sorted(n for n in used if given[n].origin == "assumed"))
-    sourced = not assumed and not runner.presets(claim.predict)
+    swept = tuple(sorted(n for n in everything & set(claim.sweep) if given[n].origin == "assumed"))
+    sourced = not assumed and not swept and not runner.presets(claim.predict)
     try:
         values = runner.over(claim.predict, claim.sweep, {})
         varied = tuple(_varied(runner, claim, assumed))
@@ -267,7 +269,7 @@ def _claim(runner: Runner, claim: Claim) -> Result:
     except Infeasible as error:
         return _result(runner, claim, None, (), "open", f"does not run as read here: {error}", sourced=sourced)
     measured = any(given[n].origin == "measured" for n in used)
-    verdict, reason = judge(claim, Evidence(values, varied, measured, assumed, bound))
+    verdict, reason = judge(claim, Evidence(values, varied, measured, assumed, swept, bound))
     every = [_summary(claim, v) for v in (values, *varied)]
     return _result(runner, claim, _summary(claim, values), every, verdict, reason, sourced=sourced)
 

@@ -3,34 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from perfmodel import cost, graph, roofline
+from perfmodel import cost, graph
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.graph import Phase
 from perfmodel.ops.shard import Group
 from perfmodel.papers.fleet import Fleet
 from perfmodel.papers.metrics import Measured
+from perfmodel.papers.pool import Pool, bisected, pool
 from perfmodel.papers.setting import Resolved, estimator
 from perfmodel.serving import goodput as goals_of
-from perfmodel.serving.clock import kv_tokens
 from perfmodel.serving.handoff import handoff
 from perfmodel.serving.layered import expert_bytes, layer_groups, layered_program
-from perfmodel.serving.modes import policy_instance
 from perfmodel.serving.queueing import Mix
 
 _POINTS = 6  # of each length's distribution
-_HALVINGS = 8
-_DOWN = 4.0  # steps by which a bracket goes down
-_IDLE = 1e-5  # requests/s of an instance that is idle
-_BESIDE = 4.0
-_LEAST = 1e-4
 _SHARES = (0.5, 0.9, 0.99)
+_TIGHTEST, _LOOSEST, _FINE = 1e-3, 1e3, 24  # of factors on limits, and steps between them
 
 
 class Served(Measured):
@@ -54,15 +48,8 @@ class Served(Measured):
         cached = np.minimum(np.floor(found), grid[0].ravel().round() - 1) if np.any(found > 0) else None
         return Mix(np.maximum(grid[0].ravel().round(), 1.0), np.maximum(grid[1].ravel().round(), 1.0), weight, cached)
 
-    def _instance(self, setting: Resolved, role: str) -> Any:
-        e = estimator(setting)
-        e.require_fit()
-        mix = self._mix
-        return policy_instance(
-            e, mix, kv_tokens(e, mix.context), setting.policy, role=role, max_batch=int(setting.values["largest"]),
-            chunk=int(setting.values["chunk"]), handoff=self._handoff(e) if role == "decode" else 0.0,
-            prefill_share=float(setting.values["prefill_share"]),
-        )  # fmt: skip
+    def _pool(self, setting: Resolved, role: str) -> Pool:
+        return pool(setting, role, self._mix, self._handoff(estimator(setting)) if role == "decode" else 0.0)
 
     def _handoff(self, decode: Estimator) -> float:
         """Seconds per prompt token that a cache arrives after the prefill has ended, inside a node where both fit in one."""
@@ -75,8 +62,8 @@ class Served(Measured):
         return float(moved.exposed_s[0] / tokens[0])
 
     @cached_property
-    def _together(self) -> Any:
-        return self._instance(self.setting, "colocated")
+    def _together(self) -> Pool:
+        return self._pool(self.setting, "colocated")
 
     def _goals(self, share: float) -> goals_of.Goals:
         ttft, tpot = self._value("ttft"), self._value("tpot")
@@ -89,15 +76,13 @@ class Served(Measured):
         """Requests per second and device at which `attainment` of the requests meets TTFT and TPOT."""
         share = self._value("attainment")
         if not self.setting.roles:
-            found = self._capacity(self._together, self._goals(share))
-            return _positive(found, self.setting) / self.devices
+            return _positive(self._together.capacity(self._goals(share)), self.setting) / self.devices
         each = {}
         for role, setting in self.setting.roles.items():
             goals = self._goals(math.sqrt(share))
             prefills = role == "prefill"
             mine = goals_of.Goals(goals.ttft if prefills else None, None if prefills else goals.tpot, goals.share)
-            instance = self._instance(setting, role)
-            rate = _positive(self._capacity(instance, mine), setting)
+            rate = _positive(self._pool(setting, role).capacity(mine), setting)
             each[role] = rate / float(estimator(setting).par.devices)
         devices = {role: s.devices for role, s in self.setting.roles.items()}
         if all(devices.values()):
@@ -105,34 +90,67 @@ class Served(Measured):
         # Pools in proportion to what a request takes of each.
         return 1 / sum(1 / rate for rate in each.values())
 
+    @cached_property
+    def limit_scale(self) -> float:
+        """Least factor on both limits, TTFT and TPOT, at which `attainment` of the requests still meet them at `rate`; of
+        pools of their own with `devices` each, both as one chance."""
+        share, rate = self._value("attainment"), self._value("rate")
+        if rate <= 0:
+            raise SpecError("limits under load need the setting's `rate` [1/s]")
+        pools = {"": (self._together, rate)} if not self.setting.roles else {
+            role: (self._pool(s, role), rate * estimator(s).par.devices / (s.devices or estimator(s).par.devices))
+            for role, s in self.setting.roles.items()
+        }  # fmt: skip
+        goals = self._goals(share)
+
+        def met(scale: float) -> float:
+            found = 1.0
+            for role, (pool_, own) in pools.items():
+                ttft = None if role == "decode" or goals.ttft is None else float(goals.ttft) * scale
+                tpot = None if role == "prefill" or goals.tpot is None else goals.tpot * scale
+                found *= pool_.met(own, goals_of.Goals(ttft, tpot, share))
+            return found
+
+        return bisected(lambda x: met(1 / x) >= share, _TIGHTEST, _LOOSEST, _FINE) ** -1
+
     def _loaded(self) -> Any:
         rate = self._value("rate")
         if rate <= 0:
             raise SpecError("times under load need the setting's `rate` [1/s]")
-        state = self._together.state(rate, self._mix)
+        state = self._together.state(rate)
         if not state.feasible:
             raise Infeasible(f"{rate:g} requests/s: {state.reason}", binding=(state.reason,))
         return state
 
+    def _first(self, p: float) -> float:
+        pool_ = self._together
+        return float(pool_.instance.ttft_quantile(p, self._loaded(), pool_.mix)) + pool_.mix.mean(pool_.fill)
+
     @property
     def loaded_ttft(self) -> float:
         """Median seconds to the first token at `rate`, waiting included."""
-        return float(self._together.ttft_quantile(0.5, self._loaded(), self._mix))
+        return self._first(0.5)
+
+    @property
+    def mean_ttft(self) -> float:
+        """Mean seconds to the first token at `rate`, waiting included."""
+        pool_ = self._together
+        return float(pool_.instance.mean_ttft(self._loaded(), pool_.mix)) + pool_.mix.mean(pool_.fill)
 
     @property
     def tail_ttft(self) -> float:
         """99th percentile of the seconds to the first token at `rate`."""
-        return float(self._together.ttft_quantile(0.99, self._loaded(), self._mix))
+        return self._first(0.99)
 
     @property
     def loaded_tpot(self) -> float:
         """Median seconds per output token at `rate`."""
-        return float(self._together.tpot_quantile(0.5, self._loaded(), self._mix))
+        return float(self._together.instance.tpot_quantile(0.5, self._loaded(), self._together.mix))
 
     @property
     def tail_tpot(self) -> float:
         """99th percentile of the seconds per output token at `rate`."""
-        return float(self._together.tpot_quantile(0.99, self._loaded(), self._mix))
+        return float(self._together.instance.tpot_quantile(0.99, self._loaded(), self._together.mix))
 
     @property
     def loaded_latency(self) -> float:
@@ -143,37 +161,7 @@ class Served(Measured):
     @cached_property
     def saturation(self) -> float:
         """Highest stable rate of the instance [1/s]."""
-        return self._highest(self._together, lambda _: True)
-
-    def _highest(self, instance: Any, holds: Callable[[Any], bool]) -> float:
-        """Highest rate whose state is stable and `holds`; 0 where none does."""
-
-        def able(rate: float, asked: Callable[[Any], bool]) -> bool:
-            s = instance.state(rate, self._mix)
-            return bool(s.feasible) and asked(s)
-
-        stable = self._stable(instance)
-        if able(stable, holds):
-            return stable
-        high, low = stable, stable / _DOWN
-        while not able(low, holds):
-            high, low = low, low / _DOWN
-            if low < stable * _LEAST:
-                return 0.0
-        return _bisected(lambda rate: able(rate, holds), low, high, _HALVINGS)
-
-    def _stable(self, instance: Any) -> float:
-        """Highest stable rate: below a few times what prefill alone would carry, since prompts beside decoding cost less."""
-        work = self._mix.mean(np.asarray(instance.state(_IDLE, self._mix).work))
-        high = _BESIDE / work if work > 0 else 1 / _IDLE
-        low = high / _DOWN
-        while low > _IDLE and not instance.state(low, self._mix).feasible:
-            high, low = low, low / _DOWN
-        return _bisected(lambda rate: bool(instance.state(rate, self._mix).feasible), low, high, _HALVINGS)
-
-    def _capacity(self, instance: Any, goals: goals_of.Goals) -> float:
-        """Highest rate of an instance at which the goals' share of the requests meets both limits."""
-        return self._highest(instance, lambda s: goals_of.attainment(instance, s, self._mix, goals) >= goals.share)
+        return self._together.highest(lambda _: True)
 
     @property
     def concurrency(self) -> float:
@@ -183,7 +171,7 @@ class Served(Measured):
     @property
     def tail_gap(self) -> float:
         """Seconds within which the share `gaps` of the tokens follow the one before, at `rate`."""
-        return float(goals_of.itl_quantile(self._together, self._value("gaps"), self._loaded(), self._mix))
+        return float(goals_of.itl_quantile(self._together.instance, self._value("gaps"), self._loaded(), self._together.mix))
 
     @cached_property
     def smooth_rate(self) -> float:
@@ -192,20 +180,20 @@ class Served(Measured):
         limit, share, first = self._value("gap"), self._value("gaps"), self._value("ttft")
         if not limit:
             raise SpecError("this metric needs the limit `gap` on the time between two tokens [s]")
-        instance, mix = self._together, self._mix
+        instance, mix = self._together.instance, self._together.mix
 
         def holds(s: Any) -> bool:
             smooth = goals_of.itl_met(instance, limit, s, mix) >= share
-            return smooth and (not first or instance.ttft_met(first, s, mix) >= 0.5)
+            return smooth and (not first or instance.ttft_met(first - self._together.fill, s, mix) >= 0.5)
 
-        return _positive(self._highest(instance, holds), self.setting) / self.devices
+        return _positive(self._together.highest(holds), self.setting) / self.devices
 
     def _passes(self) -> list[tuple[graph.Program, float, float]]:
         """Passes of one request's share of the time at `rate`: what each does, how many there are, and its seconds.
 
         Its prompt rides in steps beside the decoding sequences; the other steps only decode.
         """
-        s, e, clock = self._loaded(), estimator(self.setting), self._together.clock
+        s, e, clock = self._loaded(), estimator(self.setting), self._together.instance.clock
         batch, context, new = max(s.batch, 1.0), self._mix.context, self.input - self._value("prefix")
         decoding = Group(batch, 1.0, context - 1, decode=True)
         work = float(self._mix.mean(s.work))
@@ -232,12 +220,8 @@ class Served(Measured):
         """Joules per output token of all devices at `rate`."""
         e, total = estimator(self.setting), 0.0
         for program, times, seconds in self._passes():
-            peak = roofline.cost(program.schedule, e.machine).peak
-            watts = cost.device_power(e, float(peak["compute"]) / seconds, float(peak["hbm"]) / seconds)
-            if watts is None:
-                raise SpecError(f"the catalogue has no board power of {self.setting.hardware}")
-            total += watts * seconds * times
-        return total * self.devices / self.output
+            total += self._known(cost.program_energy(e, program, seconds)) * times
+        return total / self.output
 
     # Several types of devices to choose from.
 
@@ -259,14 +243,6 @@ class Served(Measured):
     def dearest_single(self) -> float:
         """USD/h of the dearest fleet of one type."""
         return float(self._fleet.singles.max())
-
-
-def _bisected(holds: Callable[[float], bool], low: float, high: float, times: int) -> float:
-    """Highest rate that holds between one that does and one that does not, on the logarithm."""
-    for _ in range(times):
-        middle = math.sqrt(low * high)
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
 
 
 def _positive(rate: float, setting: Resolved) -> float:

@@ -9,16 +9,17 @@ from functools import lru_cache
 from typing import Any
 
 from perfmodel import calibration, catalog
-from perfmodel.errors import SpecError, did_you_mean
+from perfmodel.errors import SpecError, UnknownName, did_you_mean
 from perfmodel.estimator import Estimator
 from perfmodel.papers.expression import evaluate
 from perfmodel.spec import yaml
 from perfmodel.spec.paper import Paper, Setting, System, Systems
+from perfmodel.techniques.registry import kinds, technique
 
 _DEFAULTS: dict[str, Any] = {
     "tp": 1, "pp": 1, "dp": 1, "ep": 1, "cp": 1, "batch": 1, "input": 1024, "output": 128, "prefix": 0, "prompts": 1,
     "largest": 0, "attainment": 0.9, "input_spread": 0.0, "output_spread": 0.0, "rate": 0.0, "ttft": 0.0, "tpot": 0.0,
-    "chunk": 0, "steps": 0, "gap": 0.0, "gaps": 0.99, "prefill_share": 0.5,
+    "chunk": 0, "steps": 0, "gap": 0.0, "gaps": 0.99, "prefill_share": 0.5, "alone_share": 0.0,
 }  # fmt: skip
 _DEGREES = ("tp", "pp", "dp", "ep", "cp")
 _WHOLE = (*_DEGREES, "input", "output", "prefix", "prompts", "largest", "chunk", "steps")
@@ -121,7 +122,7 @@ def _resolve(
     numbers: dict[str, Any] = {k: v if given.get(k) is None else given[k] for k, v in _DEFAULTS.items()}
     for key in _WHOLE:
         numbers[key] = round(float(numbers[key]))
-    techniques = tuple(put(t) for t in (*(system.techniques if system else ()), *fields.get("techniques", ())))
+    techniques = _joined([put(t) for t in (*(system.techniques if system else ()), *fields.get("techniques", ()))])
     mem = given.get("mem_fraction", system.mem_fraction if system else None)
     formats = {k: given[k] for k in ("weight_dtype", "act_dtype", "kv_dtype") if given.get(k)}
     roles, devices = {}, {}
@@ -139,6 +140,32 @@ def _resolve(
         formats | ({"mem_fraction": float(mem)} if mem is not None else {}),
         {role: _with_devices(r, devices[role]) for role, r in roles.items()}, fleet=fleet,
     )  # fmt: skip
+
+
+def _joined(specs: list[Any]) -> tuple[Any, ...]:
+    """Techniques as listed; one of a kind that a system has already, and that stands once, adds its parameters to that one."""
+    found: list[tuple[str, Any]] = []
+    for spec in specs:
+        kind = _kind(spec)
+        once = kind in kinds() and not kinds()[kind].repeats
+        at = next((i for i, (other, _) in enumerate(found) if once and other == kind), None)
+        if at is None:
+            found.append((kind, spec))
+        else:
+            given = (technique(t).model_dump(exclude_unset=True) for t in (found[at][1], spec))
+            found[at] = (kind, {"kind": kind, **next(given), **next(given)})
+    return tuple(spec for _, spec in found)
+
+
+def _kind(spec: Any) -> str:
+    """Of a technique or a preset as a file names it; the name itself where nothing is known by it."""
+    name = str(spec.get("kind") or spec.get("preset") or "") if isinstance(spec, Mapping) else str(spec).partition(":")[0]
+    if name in kinds():
+        return name
+    try:
+        return catalog.load_preset(name).technique
+    except UnknownName:
+        return name
 
 
 def _with_devices(r: Resolved, devices: float) -> Resolved:

@@ -120,6 +120,8 @@ class Evidence:
     measured: bool = False
     """A parameter was read off the claim's own experiment."""
     assumed: tuple[str, ...] = ()
+    swept: tuple[str, ...] = ()
+    """Parameters that are swept although the paper's range of them is assumed: what is met then rests on them."""
     bound: float | None = None
     """The best any implementation could do, where every parameter is sourced."""
 
@@ -132,6 +134,8 @@ def judge(claim: Claim, e: Evidence) -> tuple[Verdict, str]:
         bearing = [v for v in e.varied if not meets(v, claim)]
         if bearing:
             return "consistent", f"holds at the assumed values, not over all of their range ({', '.join(e.assumed)})"
+        if e.swept:
+            return "consistent", f"holds over a range that is assumed ({', '.join(e.swept)})"
         return "reproduced", "holds over every assumption" if e.assumed else "every parameter is sourced"
     if e.bound is not None and not e.assumed and _beyond(claim, e.bound):
         return "exceeds", f"the claim lies beyond the bound of {e.bound:.4g} at datasheet rates, for the setting as read here"

@@ -12,6 +12,7 @@ from perfmodel.planner.quality import allowed_name
 from perfmodel.spec.formats import get_format
 from perfmodel.spec.plan import PlanFile
 from perfmodel.spec.yaml import Document
+from perfmodel.techniques.base import finding
 from perfmodel.techniques.registry import techniques
 
 
@@ -37,7 +38,11 @@ def check_plan(spec: PlanFile, document: Document) -> None:
     for i, name in enumerate(c.allow):
         known(allowed_name, name, "choices", "allow", i)
     for i, several in enumerate(c.techniques):
-        known(techniques, (several,) if isinstance(several, str) else several, "choices", "techniques", i)
+        given = (several,) if isinstance(several, str) else several
+        known(techniques, given, "choices", "techniques", i)
+        if kind := finding(techniques(given)):
+            why = f"a plan finds cached prompt tokens itself (prefix_caching: true); leave {kind} out"
+            refuse(why, "choices", "techniques", i)
     for i, item in enumerate(spec.fleet):
         if item.region and item.region not in spec.regions:
             hint = did_you_mean(item.region, spec.regions) or f"; regions: {', '.join(spec.regions) or 'none'}"

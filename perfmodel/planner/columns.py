@@ -265,7 +265,6 @@ def column_at(layout: Layout, offer: Offer, case: Case, rate: float, limited: st
         return _static_column(layout, offer, case, s, limited)
     prefill = np.full(len(buckets), math.inf)
     decode, held, moved = prefill.copy(), prefill.copy(), np.zeros(len(buckets))
-    per_token = memory.kv_bytes_per_token(e.model, e.formats)
     work = s.work if layout.role != "decode" else np.zeros_like(mix.input)
     decoding = mix.steps * s.step if layout.role not in ("prefill", "encode") else np.zeros_like(mix.input)
     sent = _embedding_bytes(case, mix) if layout.encode_share else np.zeros_like(mix.input)
@@ -277,7 +276,7 @@ def column_at(layout: Layout, offer: Offer, case: Case, rate: float, limited: st
         held[k] = mine @ ((work + decoding) * (mix.input + mix.output / 2)) if layout.role != "encode" else 0.0
         embedded[k] = mine @ sent
         if layout.role == "prefill":
-            moved[k] = mine @ mix.input * per_token
+            moved[k] = mine @ (mix.input * memory.kv_bytes_per_token(e.model, e.formats, mix.input))
     shares = np.array([buckets[k].share for k in chosen])
     mean_held = rate * float(np.dot(shares / shares.sum(), held[list(chosen)]))
     # Utilisation and batch at the point are what the bucket averages add up to, so that the natural mix fills it exactly.

@@ -17,7 +17,7 @@ from perfmodel.planner.checks import check_plan, check_power
 from perfmodel.planner.columns import Column
 from perfmodel.planner.evaluated import Evaluated, Run
 from perfmodel.planner.explain import Alternative, alternatives, binding, confirmed, runners_up
-from perfmodel.planner.offer import Offer, offers
+from perfmodel.planner.offer import offers
 from perfmodel.planner.optimum import Optimum
 from perfmodel.planner.program import Question, nodes_bought
 from perfmodel.planner.quality import allowed, check_quality
@@ -85,13 +85,15 @@ class PlanRun(Run):
 
 def plan(
     path: str | Path, *, objective: str | None = None, confidence: float | None = None, budget: str | None = None,
-    load: float | None = None, explain: bool = True, replay_all: bool = False, progress: Callable[[str], None] | None = None,
+    load: float | None = None, explain: bool = True, replay_all: bool = False, measured: bool = False,
+    progress: Callable[[str], None] | None = None,
 ) -> PlanRun:  # fmt: skip
     """Plan the fleet a plan file asks for. Raises SpecError for bad input and Infeasible with the nearest change.
 
     objective, confidence, budget ("60 USD/h"), load: instead of the file's.
     explain: also say what other prices, limits and choices would cost, which takes longer than the plan itself.
     replay_all: replay these too, and say which of them break a promise.
+    measured: look also for a cheaper plan among columns whose rates are measured by replay.
     """
     document = yaml.read(path)
     changes = {k: v for k, v in (("objective", objective), ("confidence", confidence)) if v is not None}
@@ -116,7 +118,8 @@ def plan(
         if progress:
             progress(f"planning load x{load:g}")
         try:
-            plans[load] = _one(spec, Path(path).parent, load, listed, built, explain, replay_all)
+            fleet = fleet_of(spec, Path(path).parent, load, listed, built, allowed(spec))
+            plans[load] = _one(spec, fleet, explain, replay_all, measured)
         except SpecError as error:
             raise _placed(error, document) from None
     done = [plans[load] for load in spec.workload.load]
@@ -131,11 +134,9 @@ def _placed(error: SpecError, document: yaml.Document) -> SpecError:
     return SpecError(str(error).removeprefix(f"{error.path}: "), file=document.file, line=line, path=error.path)
 
 
-def _one(
-    spec: PlanFile, base: Path, load: float, listed: list[Offer], built: dict[str, Any], explain: bool, replay_all: bool
-) -> Plan:
+def _one(spec: PlanFile, asked: Fleet, explain: bool, replay_all: bool, measured: bool) -> Plan:
     start = time.perf_counter()
-    found = search(fleet_of(spec, base, load, listed, built, allowed(spec)))
+    found = search(asked, measured=measured)
     fleet, question, best, values, cells = found.fleet, found.question, found.best, found.values, found.cells
     others = alternatives(fleet, question, best, cells)
     others += runners_up(fleet, best, cells) if explain else []

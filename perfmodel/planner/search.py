@@ -3,7 +3,9 @@
 Within the closed forms' range they say what each column carries, and replay rarely disagrees. Beyond it (a dispersion that they
 do not hold for, or a replay far off what they say) the order turns around: every column begins at the most its time and memory
 allow, those that a solution uses are measured one by one (`sustained`), and the program is solved again until it uses measured
-columns only. A column's rate then owes nothing to the rounds before it.
+columns only. A column's rate then owes nothing to the rounds before it. On demand a plan of the closed forms is held against
+the same program: where even columns that carry all their time and memory allow are no cheaper, it is the best there can be;
+else those columns are measured in turn, for as long as the program stays cheaper.
 """
 
 from __future__ import annotations
@@ -27,14 +29,18 @@ from perfmodel.serving.queueing import MOST_DISPERSED
 
 ROUNDS = 14
 HEURISTIC = (
-    "bursts beyond the closed forms. What each chosen column carries was measured by replay on its own requests; columns that "
+    "{why}. What each chosen column carries was measured by replay on its own requests; columns that "
     "were never chosen were only estimated, and pools together may carry more"
 )
+BURSTS = "bursts beyond the closed forms"
+_SPARE = "replay carries more than the closed forms promise"
 _MEASURING = 60
 """Most solves in which unmeasured columns are looked for."""
 _FAR_OFF = 1.3
 """Factor by which replay may miss a limit that the closed forms keep, before columns are measured instead."""
 _TIGHTER = 0.93
+_DOUBTS = 20
+"""Most solves in which a plan of the closed forms is held against measured columns."""
 _BETTER = 1e-6
 
 
@@ -68,6 +74,9 @@ class _Search:
 
     fleet: Fleet
     sustained: Sustained | None
+    why: str = BURSTS
+    """Why columns are measured."""
+    solves: int = _MEASURING
     rounds: list[dict[str, Any]] = field(default_factory=list)
     often: dict[Layout, int] = field(default_factory=dict)
 
@@ -78,8 +87,8 @@ class _Search:
         """
         broken: list[tuple[list[Shortfall], list[Cell]]] = []
         for attempt in range(ROUNDS):
-            question, best = self._solve()
-            if best.solution.objective >= known - _BETTER * abs(known):
+            question, best = self._solve(known)
+            if not _better(best, known):
                 return None
             values = fewest_instances(best)
             cells, misses = check(self.fleet, question, values)
@@ -89,7 +98,7 @@ class _Search:
                 self.sustained = measuring(self.fleet)
                 continue
             if not misses:
-                why = HEURISTIC if self.sustained is not None else ""
+                why = HEURISTIC.format(why=self.why) if self.sustained is not None else ""
                 return Found(self.fleet, question, best, values, cells, self.rounds, why)
             broken.append((short, cells))
             for service, pool in {(id(s), id(p)): (s, p) for s, p, _ in misses}.values():
@@ -98,9 +107,10 @@ class _Search:
                 service.tighten(pool.column, _TIGHTER ** self.often[layout], pool.filled)
         raise still_broken(self.fleet, broken, self.rounds)
 
-    def _solve(self) -> tuple[Question, Optimum]:
-        """The best plan of the columns as known, every used one measured where closed forms do not reach."""
-        for _ in range(_MEASURING):
+    def _solve(self, known: float) -> tuple[Question, Optimum]:
+        """The best plan of the columns as known, every used one measured where closed forms do not reach, or one no better
+        than `known`."""
+        for _ in range(self.solves):
             unserved = [c for c in self.fleet.services if c.unserved()]
             if unserved:
                 raise no_column(unserved[0])
@@ -108,7 +118,7 @@ class _Search:
             best = optimise(question)
             if not best.solution.ok:
                 raise nearest_change(question)
-            if self.sustained is None or not self._measured_more(self.sustained, question, best):
+            if self.sustained is None or not _better(best, known) or not self._measured_more(self.sustained, question, best):
                 break
         return question, best
 
@@ -122,8 +132,8 @@ class _Search:
         return found
 
 
-def search(fleet: Fleet) -> Found:
-    """The cheapest plan that replay confirms. Raises Infeasible.
+def search(fleet: Fleet, *, measured: bool = False) -> Found:
+    """The cheapest plan that replay confirms; measured: also among columns measured by replay. Raises Infeasible.
 
     Where replay changes what columns carry, a plan that tells more lengths apart may end dearer than one that tells fewer apart:
     its columns were lowered, the other's were not. So the search is made again with half the buckets, and half of those, and the
@@ -150,7 +160,26 @@ def search(fleet: Fleet) -> Found:
     if best is None:
         assert failed is not None
         raise failed
-    return best
+    return (_measured(best) or best) if measured and sustained is None else best
+
+
+def _measured(known: Found) -> Found | None:
+    """A cheaper plan of columns measured by replay; None, and the fleet's columns as they were, where none is found."""
+    found = [f for s in known.fleet.services for f in s.found.values()]
+    before = [dict(f.columns) for f in found]
+    again = _Search(known.fleet, measuring(known.fleet), _SPARE, _DOUBTS, list(known.rounds))
+    try:
+        cheaper = again.run(known.objective)
+    except Infeasible:
+        cheaper = None
+    if cheaper is None:
+        for f, columns in zip(found, before, strict=True):
+            f.columns = columns
+    return cheaper
+
+
+def _better(best: Optimum, known: float) -> bool:
+    return math.isinf(known) or best.solution.objective < known - _BETTER * abs(known)
 
 
 def measuring(fleet: Fleet, known: Sustained | None = None) -> Sustained:

@@ -37,6 +37,7 @@ def serving_summary(
     A closed loop keeps C requests in flight, so its rate follows from Little's law: C = rate x (TTFT + (osl - 1) TPOT).
     TTFT includes the engine's front end: tokeniser, API server and waiting for it. `memory`: how often the cache is full, and
     per request the preemptions, the wait for memory, and the work that preemptions repeat, or what swapping would take instead.
+    Requests that a technique answers without the model (semantic caches) come and go at the front end; rates count them.
     Raises Infeasible when the instance or its front end saturates, with the highest rate it can carry.
     """
     if rate is not None and concurrency is not None:
@@ -44,17 +45,20 @@ def serving_summary(
     mix, instance = _fixed_shape(e, isl, osl)
     carried = _carried(e, mix)
     closed = concurrency is not None
+    reaches = max(1 - float(e.request(isl).answered), 1e-9)
+    if rate is not None:
+        rate = rate * reaches
     if concurrency is not None:
         rate = _closed_loop_rate(instance, mix, concurrency, lambda s: _outside(e, s, mix), carried)
     assert rate is not None
     state = instance.state(rate, mix)
     reason = state.reason or ("the front end saturates" if rate >= carried else "")
     if reason:
-        most = min(goodput.highest_rate(instance, mix), _LEAVES * carried)
-        raise Infeasible(f"{rate:.3g} requests/s: {reason}", nearest=f"--rate {_below(most)}", binding=(reason,))
+        most = _below(min(goodput.highest_rate(instance, mix), _LEAVES * carried) / reaches)
+        raise Infeasible(f"{rate / reaches:.3g} requests/s: {reason}", nearest=f"--rate {most}", binding=(reason,))
     outside = _outside(e, state, mix)
     result: dict[str, Any] = {
-        "rate_per_s": rate, "concurrency": concurrency or rate * (_residence(instance, state, mix) + outside),
+        "rate_per_s": rate / reaches, "concurrency": concurrency or rate * (_residence(instance, state, mix) + outside),
         "front_end": {"ttft_s": outside, "utilisation": rate / carried},
         "decode_batch": state.batch, "prefill_utilisation": state.utilisation, "kv_share": state.kv_share,
         "output_tokens_per_s": rate * osl,
@@ -129,7 +133,9 @@ def _against(e: Estimator, instance: Instance, state: State, mix: Mix, goals: go
 
 def _fixed_shape(e: Estimator, isl: int, osl: int) -> tuple[Mix, Instance]:
     """An instance that serves requests of one shape."""
-    mix = Mix(np.array([float(isl)]), np.array([float(osl)]), np.ones(1))
+    # What techniques find of a prompt is not computed; what they fetch for it is taken to arrive behind the computation.
+    found = math.floor(float(e.request(isl).cached))
+    mix = Mix(np.array([float(isl)]), np.array([float(osl)]), np.ones(1), np.array([float(found)]) if found else None)
     per_token = (
         float(memory.cache_bytes(e.model, e.par, e.formats, 1, mix.context, e.engine.block_tokens)) / mix.context
     )

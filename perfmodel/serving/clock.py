@@ -9,6 +9,7 @@ attention is interpolated over (q, c).
 from __future__ import annotations
 
 from bisect import bisect_right
+from typing import Any, Literal
 
 import numpy as np
 
@@ -21,38 +22,58 @@ _KNOTS = 12  # numbers of tokens at which the time of a step is found
 
 
 class StepClock:
-    """Tabulated step times of an Estimator. `context`: typical tokens per sequence, where the tables are fitted."""
+    """Tabulated step times of an Estimator. `context`: typical tokens per sequence, where the tables are fitted.
 
-    def __init__(self, estimator: Estimator, context: float) -> None:
+    lanes: micro-batches of prefill under way at once in a pipeline that they keep full, each with a token budget of its own; a
+    step is then one pass of them all, and the first of a prompt's passes takes as much longer as the stages take to fill.
+    only: the phase whose tables are needed, where the clock never sees the other.
+    """
+
+    def __init__(
+        self, estimator: Estimator, context: float, lanes: int = 1, only: Literal["prefill", "decode", ""] = ""
+    ) -> None:
         self.estimator = estimator
         engine = estimator.engine
         self._host_base = float(estimator.host_seconds(0))
         self._host_each = float(estimator.host_seconds(1)) - self._host_base
         # Each data-parallel rank schedules for itself; the tables are those of ranks that have equal shares.
-        self.ranks = int(estimator.par.dp)
+        self.ranks = int(estimator.par.dp) * lanes
         self.chunk = engine.chunk_tokens * self.ranks
         self.max_batch = engine.max_sequences * self.ranks
-        b = np.arange(1, self.max_batch + 1, dtype=float)
-        # decode() with one attended token has almost no attention: token-wise part, host and fixed latencies.
-        low, high = max(16.0, context / 2), max(64.0, context * 2)
-        at_low = np.asarray(estimator.decode(b, low))
-        at_high = np.asarray(estimator.decode(b, high))
-        self._slope = np.concatenate([[0.0], (at_high - at_low) / (b * (high - low))])
-        self._decode = np.concatenate([[0.0], at_low - self._slope[1:] * b * low])
+        self._slope: np.ndarray = np.zeros(self.max_batch + 1)
+        self._decode: np.ndarray = np.zeros(self.max_batch + 1)
+        if only != "prefill":
+            self._tabulate_decode(context)
         self._tokens = np.unique(np.geomspace(1, 2 * self.chunk + self.max_batch, 160).round())
-        of_rank = np.maximum(self._tokens / self.ranks, 1.0)
-        self._tokenwise = self._evaluate(of_rank, 0.0, contextual=False) + self._launch_floor(of_rank)
         self._grid_q = np.unique(np.geomspace(1, 2 * self.chunk, 24).round())
         self._grid_c = np.concatenate([[0.0], np.geomspace(256, max(65536.0, 4 * context), 9)])
-        q, c = np.meshgrid(self._grid_q, self._grid_c, indexing="ij")
-        self._attention = self._evaluate(q.ravel(), c.ravel(), contextual=True).reshape(q.shape) / self.ranks
+        self._tokenwise: np.ndarray = np.zeros(self._tokens.size)
+        self._attention: np.ndarray = np.zeros((self._grid_q.size, self._grid_c.size))
+        if only != "decode":
+            self._tabulate_prefill()
         self._floor = float(self._attention[0, 0])
         self._q_list, self._c_list = self._grid_q.tolist(), self._grid_c.tolist()
         self._attention_list = self._attention.tolist()
         self._token_list = self._tokens.tolist()
         self._wise_list = self._tokenwise.tolist()
-        self.decode_base = self._decode.tolist()
-        self.decode_slope = self._slope.tolist()
+        self.decode_base: list[Any] = self._decode.tolist()
+        self.decode_slope: list[Any] = self._slope.tolist()
+
+    def _tabulate_decode(self, context: float) -> None:
+        b = np.arange(1, self.max_batch + 1, dtype=float)
+        # decode() with one attended token has almost no attention: token-wise part, host and fixed latencies.
+        low, high = max(16.0, context / 2), max(64.0, context * 2)
+        # Together, so that what does not depend on the context is found once.
+        at_low, at_high = np.asarray(self.estimator.decode(b, np.array([[low], [high]])))
+        self._slope = np.concatenate([[0.0], (at_high - at_low) / (b * (high - low))])
+        self._decode = np.concatenate([[0.0], at_low - self._slope[1:] * b * low])
+
+    def _tabulate_prefill(self) -> None:
+        of_rank = np.maximum(self._tokens / self.ranks, 1.0)
+        self._tokenwise = self._evaluate(of_rank, 0.0, contextual=False)
+        self._tokenwise = self._tokenwise + self._launch_floor(of_rank, self._tokenwise)
+        q, c = np.meshgrid(self._grid_q, self._grid_c, indexing="ij")
+        self._attention = self._evaluate(q.ravel(), c.ravel(), contextual=True).reshape(q.shape) / self.ranks
 
     def _evaluate(self, q: np.ndarray, c: np.ndarray | float, *, contextual: bool) -> np.ndarray:
         e = self.estimator
@@ -65,11 +86,12 @@ class StepClock:
             seconds = roofline.cost(schedule, e.machine, contextual=contextual).seconds
         return np.broadcast_to(np.asarray(seconds, float), q.shape).copy()
 
-    def _launch_floor(self, tokens: np.ndarray) -> np.ndarray:
-        """Time that launching one by one adds beyond the device's: zero for long steps, which hide it."""
+    def _launch_floor(self, tokens: np.ndarray, free: np.ndarray) -> np.ndarray:
+        """Time that launching one by one adds beyond the device's: zero for long steps, which hide it. `free`: their seconds
+        that depend on no context."""
         e = self.estimator
         whole = np.asarray(e.prefill_pass(1, tokens))
-        device = self._evaluate(tokens, 0.0, contextual=False) + self._evaluate(tokens, 0.0, contextual=True)
+        device = free + self._evaluate(tokens, 0.0, contextual=True)
         return np.maximum(whole - device - self.host(1), 0.0)
 
     def host(self, sequences: float) -> float:
@@ -109,8 +131,9 @@ class StepClock:
 
     def attention_array(self, q: np.ndarray, c: np.ndarray) -> np.ndarray:
         """Bilinear look-up over (new tokens, cached tokens), fixed latency left out."""
-        i = np.clip(np.searchsorted(self._grid_q, q, side="right") - 1, 0, self._grid_q.size - 2)
-        j = np.clip(np.searchsorted(self._grid_c, c, side="right") - 1, 0, self._grid_c.size - 2)
+        # Places of all points but the ends, so that none lies outside.
+        i = np.searchsorted(self._grid_q[1:-1], q, side="right")
+        j = np.searchsorted(self._grid_c[1:-1], c, side="right")
         u = (q - self._grid_q[i]) / (self._grid_q[i + 1] - self._grid_q[i])
         v = (c - self._grid_c[j]) / (self._grid_c[j + 1] - self._grid_c[j])
         a = self._attention
@@ -148,19 +171,16 @@ class StepClock:
         Long inputs take several chunks; each chunk's step would otherwise have been a decode step, as far as one runs.
         `cached` tokens of the input are in the prefix cache: they are attended, not computed.
         """
-        work = np.zeros(inputs.shape)
-        done = np.zeros(inputs.shape) + cached
-        live = np.flatnonzero(done < inputs)
-        saved = (self.decode(batch, total_context) - self._attention_share(batch, total_context)) * min(batch, 1.0)
         room = max(self.chunk - batch, 1.0)
-        while live.size:
-            held = done[live]
-            q = np.minimum(inputs[live] - held, room)
-            wise = np.interp(batch + q, self._tokens, self._tokenwise) + self._floor + self.host(batch + 1)
-            work[live] += np.maximum(wise + self.attention_array(q, held) - saved, 1e-6)
-            done[live] = held + q
-            live = live[done[live] < inputs[live]]
-        return work
+        first = np.zeros(inputs.shape) + cached
+        count = np.maximum(np.ceil((inputs - first) / room - 1e-9), 0).astype(int)
+        of = np.repeat(np.arange(inputs.size), count)
+        held = first[of] + (np.arange(of.size) - (np.cumsum(count) - count)[of]) * room
+        q = np.minimum(inputs[of] - held, room)
+        saved = (self.decode(batch, total_context) - self._attention_share(batch, total_context)) * min(batch, 1.0)
+        wise = np.interp(batch + q, self._tokens, self._tokenwise) + self._floor + self.host(batch + 1)
+        each = np.maximum(wise + self.attention_array(q, held) - saved, 1e-6)
+        return np.bincount(of, each, inputs.size)
 
     def _attention_share(self, batch: float, total_context: float) -> float:
         return self.decode_slope[min(max(int(batch), 0), self.max_batch)] * total_context

@@ -61,14 +61,15 @@ class WholeInstance(Instance):
 
 def policy_clock(
     e: Estimator, context: float, policy: str = "chunked", *, chunk: int = 0, max_batch: int = 0, longest: float = 0.0,
-    prefill_share: float = 0.5,
+    prefill_share: float = 0.5, lanes: int = 1,
 ) -> StepClock:  # fmt: skip
     """Step times of an estimator under a batch policy.
 
     context: typical tokens per sequence. chunk, max_batch: tokens and sequences of a step; 0: the engine's defaults.
     longest: longest prompt [token], for policies that do not cut prompts; 0: the model's longest context. prefill_share: of
-    the compute units under `split`. `static` has the step times of any engine: what it collects and pads is the business
-    of the instance. Raises SpecError for an unknown policy, and where `longest` is needed and nothing says it.
+    the compute units under `split`. lanes: of a full pipeline (see StepClock), for `chunked` and `whole`. `static` has the
+    step times of any engine: what it collects and pads is the business of the instance. Raises SpecError for an unknown
+    policy, and where `longest` is needed and nothing says it.
     """
     if policy not in get_args(Policy):
         raise SpecError(f"unknown batch policy {policy!r}{did_you_mean(policy, get_args(Policy))}")
@@ -78,10 +79,10 @@ def policy_clock(
         return LayeredClock(e, context, _longest(e, longest))
     if policy == "whole":
         # An engine that does not cut prompts sizes its step for the longest.
-        return WholeClock(e if chunk else replace_engine(e, chunk_tokens=int(_longest(e, longest))), context)
+        return WholeClock(e if chunk else replace_engine(e, chunk_tokens=int(_longest(e, longest))), context, lanes)
     if policy == "split":
         return SplitClock(Sides(e, context, prefill_share))
-    return StepClock(e, context)
+    return StepClock(e, context, lanes)
 
 
 AnyInstance = Instance | StaticInstance | SplitInstance
@@ -91,19 +92,19 @@ AnyInstance = Instance | StaticInstance | SplitInstance
 def policy_instance(
     e: Estimator, mix: Mix, kv_tokens: float, policy: str = "chunked", *, role: str = "colocated", handoff: float = 0.0,
     chunk: int = 0, max_batch: int = 0, longest: float = 0.0, prefill_share: float = 0.5, max_wait: float = 0.0,
-    pads: bool = True,
+    pads: bool = True, lanes: int = 1, alone: float = 0.0,
 ) -> AnyInstance:  # fmt: skip
     """One serving instance under a batch policy, with its percentiles in closed form.
 
     As `policy_clock`; kv_tokens: cached tokens that fit. handoff: seconds per input token, for the role decode. max_wait [s]
-    and pads: of `static` (see static_batch.StaticInstance).
+    and pads: of `static` (see static_batch.StaticInstance). alone: of `split` (see split.Sides).
     """
     longest = longest or float(np.max(mix.input))
     limits = {"chunk_tokens": chunk, "max_sequences": max_batch}
     if policy == "split":
         limited = replace_engine(e, **{k: v for k, v in limits.items() if v})
-        return SplitInstance(Sides(limited, mix.context, prefill_share), kv_tokens)
-    clock = policy_clock(e, mix.context, policy, chunk=chunk, max_batch=max_batch, longest=longest)
+        return SplitInstance(Sides(limited, mix.context, prefill_share, alone), kv_tokens)
+    clock = policy_clock(e, mix.context, policy, chunk=chunk, max_batch=max_batch, longest=longest, lanes=lanes)
     if policy == "static":
         return StaticInstance(clock, kv_tokens, clock.max_batch, max_wait, pads)
     return (WholeInstance if policy == "whole" else Instance)(clock, role, kv_tokens, handoff)

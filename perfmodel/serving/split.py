@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from perfmodel.serving.clock import StepClock
 from perfmodel.serving.queueing import Instance, Mix, State
 
 _FAIR = 0.5  # of the bandwidth, which each side gets whatever the other wants
+_SLOWED = np.linspace(1, 1 / _FAIR, 65)  # seconds of a pass over 1/bandwidth: straight where memory binds, level where not
 _ROUNDS = 30
 _SETTLED = 1e-3
 _SEARCHED = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -53,10 +55,14 @@ class _Pass:
         self.schedule = e.lower(graph.Phase((group,))).schedule
         self.host = float(e.host_seconds(sequences))
         self.moved = float(roofline.cost(self.schedule, e.machine).busy["hbm"])
+        part = self.machine.part(units)
+        slower: dict[str, Any] = {"bandwidth": np.minimum(part.bandwidth, self.machine.bandwidth / _SLOWED)}
+        slowed = replace(part, **slower)
+        self._seconds = np.broadcast_to(roofline.cost(self.schedule, slowed).seconds, _SLOWED.shape)
 
     def demand(self, bandwidth: float) -> Demand:
-        """With at most a share `bandwidth` of the memory's."""
-        seconds = float(roofline.cost(self.schedule, self.machine.part(self.units, bandwidth)).seconds) + self.host
+        """With at most a share `bandwidth` of the memory's, at least half."""
+        seconds = float(np.interp(1 / bandwidth, _SLOWED, self._seconds)) + self.host
         return Demand(seconds, self.moved / seconds)
 
 
@@ -67,8 +73,19 @@ def contention(
 
     batch sequences decode at `context` tokens each while chunks of `chunk` tokens prefill.
     """
-    first = _Pass(e, Group(1.0, chunk, 0.0), prefill_share, 1.0)
-    later = _Pass(e, Group(batch, 1, context - 1, decode=True), 1 - prefill_share, batch)
+    return _settled(_chunk_pass(e, prefill_share, chunk), _decode_pass(e, prefill_share, batch, context))
+
+
+def _chunk_pass(e: Estimator, prefill_share: float, chunk: float) -> _Pass:
+    return _Pass(e, Group(1.0, chunk, 0.0), prefill_share, 1.0)
+
+
+def _decode_pass(e: Estimator, prefill_share: float, batch: float, context: float) -> _Pass:
+    return _Pass(e, Group(batch, 1, context - 1, decode=True), 1 - prefill_share, batch)
+
+
+def _settled(first: _Pass, later: _Pass) -> tuple[Demand, Demand, float, float]:
+    """The fixed point of the bandwidth shares of a pass that prefills and one that decodes."""
     of_prefill = of_decode = 1.0
     for _ in range(_ROUNDS):
         prefill, decode = first.demand(of_prefill), later.demand(of_decode)
@@ -80,37 +97,64 @@ def contention(
     return prefill, decode, of_prefill, of_decode
 
 
-def blend(clocks: list[StepClock], weights: list[float]) -> StepClock:
-    """A clock whose every step takes the weighted mean of those of `clocks`, which must share their grids."""
-    mean = object.__new__(StepClock)
-    mean.__dict__.update(clocks[0].__dict__)
-    for name, first in vars(clocks[0]).items():
-        if isinstance(first, (np.ndarray, float)):
-            setattr(mean, name, sum(w * getattr(c, name) for c, w in zip(clocks, weights, strict=True)))
-        elif isinstance(first, list):
-            rows = np.array([getattr(c, name) for c in clocks])
-            setattr(mean, name, np.tensordot(weights, rows, 1).tolist())
-    return mean
+class Blend:
+    """Clocks that share their grids, of which weighted means are taken: all their numbers as rows of one table."""
+
+    def __init__(self, clocks: list[StepClock]) -> None:
+        self.clocks = clocks
+        self._places: list[tuple[str, int, int, tuple[int, ...], type]] = []
+        parts, at = [], 0
+        for name, first in vars(clocks[0]).items():
+            if isinstance(first, (np.ndarray, float, list)):
+                rows = np.array([getattr(c, name) for c in clocks])
+                self._places.append((name, at, at + rows[0].size, rows[0].shape, type(first)))
+                parts.append(rows.reshape(len(clocks), -1))
+                at += rows[0].size
+        self._table = np.concatenate(parts, axis=1)
+
+    def at(self, weights: list[float]) -> StepClock:
+        """A clock whose every step takes the weighted mean of theirs."""
+        mean = object.__new__(StepClock)
+        mean.__dict__.update(self.clocks[0].__dict__)
+        numbers = np.asarray(weights) @ self._table
+        for name, low, high, shape, kind in self._places:
+            found = numbers[low:high].reshape(shape)
+            mean.__dict__[name] = found if issubclass(kind, np.ndarray) else found.tolist()
+        return mean
 
 
 class Sides:
-    """Clocks of the two sides, alone on the memory and at half of its bandwidth; `prefill_share` of the units prefill."""
+    """Clocks of the two sides, alone on the memory and at half of its bandwidth; `prefill_share` of the units prefill.
 
-    def __init__(self, e: Estimator, context: float, prefill_share: float) -> None:
+    alone: share of the units that a side has while the other has no work; 0: no more than its own.
+    """
+
+    def __init__(self, e: Estimator, context: float, prefill_share: float, alone: float = 0.0) -> None:
         if not 0 < prefill_share < 1:
             raise SpecError(f"prefill_share must lie between 0 and 1, got {prefill_share:g}")
+        if not 0 <= alone <= 1:
+            raise SpecError(f"alone must lie between 0 and 1, got {alone:g}")
         self.estimator, self.context, self.prefill_share = e, context, prefill_share
-        self._prefill = [StepClock(on_part(e, prefill_share, beta), context) for beta in (1.0, _FAIR)]
-        self._decode = [StepClock(on_part(e, 1 - prefill_share, beta), context) for beta in (1.0, _FAIR)]
+        # A side keeps the tables of its own phase.
+        sides: tuple[tuple[Literal["prefill", "decode"], float], ...] = (
+            ("prefill", prefill_share), ("decode", 1 - prefill_share),
+        )  # fmt: skip
+        self._prefill, self._decode = (
+            Blend([StepClock(on_part(e, units, beta), context, only=phase)
+                   for units, beta in ((max(own, alone), 1.0), (own, 1.0), (own, _FAIR))[0 if alone > own else 1 :]])
+            for phase, own in sides
+        )  # fmt: skip
         self._settled: dict[tuple[float, float], tuple[float, float]] = {}
+        self._chunks: dict[float, _Pass] = {}
+        self._decodes: dict[float, _Pass] = {}
 
-    def prefill(self, bandwidth: float) -> StepClock:
-        """Clock of prefill with a share of the bandwidth in [1/2, 1]."""
-        return _between(self._prefill, bandwidth)
+    def prefill(self, bandwidth: float, often: float = 1.0) -> StepClock:
+        """Clock of prefill with a share of the bandwidth in [1/2, 1], `often` of the time, and else with all of it."""
+        return _between(self._prefill, bandwidth, often)
 
-    def decode(self, bandwidth: float) -> StepClock:
-        """Clock of decode with a share of the bandwidth in [1/2, 1]."""
-        return _between(self._decode, bandwidth)
+    def decode(self, bandwidth: float, often: float = 1.0) -> StepClock:
+        """Clock of decode with a share of the bandwidth in [1/2, 1], `often` of the time, and else with all of it."""
+        return _between(self._decode, bandwidth, often)
 
     def shares(self, batch: float, chunk: float) -> tuple[float, float]:
         """Bandwidth shares of (prefill, decode) while both run: settled at powers of two, linear in log(batch) between them."""
@@ -123,7 +167,12 @@ class Sides:
     def _shares(self, batch: float, chunk: float) -> tuple[float, float]:
         key = (batch, chunk)
         if key not in self._settled:
-            self._settled[key] = contention(self.estimator, self.prefill_share, batch, self.context, chunk)[2:]
+            e, share = self.estimator, self.prefill_share
+            if chunk not in self._chunks:
+                self._chunks[chunk] = _chunk_pass(e, share, chunk)
+            if batch not in self._decodes:
+                self._decodes[batch] = _decode_pass(e, share, batch, self.context)
+            self._settled[key] = _settled(self._chunks[chunk], self._decodes[batch])[2:]
         return self._settled[key]
 
 
@@ -157,10 +206,11 @@ class SplitClock(StepClock):
         return self._prefill.prefill_work(inputs, 0.0, 0.0, cached)
 
 
-def _between(clocks: list[StepClock], bandwidth: float) -> StepClock:
+def _between(blend: Blend, bandwidth: float, often: float) -> StepClock:
     """Kernels bound by memory take 1/bandwidth longer, others no longer: linear in 1/bandwidth between 1 and 2."""
-    slower = (1 / bandwidth - 1) / (1 / _FAIR - 1)
-    return blend(clocks, [1 - slower, slower])
+    slower = often * (1 / bandwidth - 1) / (1 / _FAIR - 1)
+    # While the other side has no work, the first of three clocks has more of the units.
+    return blend.at([1 - slower, slower] if len(blend.clocks) == 2 else [1 - often, often - slower, slower])
 
 
 @dataclass(frozen=True, eq=False)
@@ -188,14 +238,8 @@ class SplitInstance:
         chunk = float(min(mix.mean(mix.input), self.sides.estimator.engine.chunk_tokens))
         for _ in range(6):
             of_prefill, of_decode = self.sides.shares(batch, chunk)
-            prefill_clock = blend(
-                [self.sides.prefill(1.0), self.sides.prefill(of_prefill)], [1 - busy_decode, busy_decode]
-            )
-            decode_clock = blend(
-                [self.sides.decode(1.0), self.sides.decode(of_decode)], [1 - busy_prefill, busy_prefill]
-            )
-            prefill = Instance(prefill_clock, "prefill", self.kv_tokens)
-            decode = Instance(decode_clock, "decode", self.kv_tokens)
+            prefill = Instance(self.sides.prefill(of_prefill, busy_decode), "prefill", self.kv_tokens)
+            decode = Instance(self.sides.decode(of_decode, busy_prefill), "decode", self.kv_tokens)
             first, later = prefill.state(rate, mix), decode.state(rate, mix)
             if not (np.isfinite(later.batch) and first.utilisation < 1):
                 break
@@ -241,20 +285,10 @@ class SplitInstance:
         return s.decode.tpot_quantile(p, s.later, mix, dispersion)
 
 
-@dataclass(frozen=True)
-class SplitState:
-    """As serving.queueing.State, with the two sides it is made of."""
+@dataclass(frozen=True, eq=False)
+class SplitState(State):
+    """A steady state with the two sides it is made of; its utilisation is that of the prefill side."""
 
-    feasible: bool
-    reason: str
-    rate: float
-    utilisation: float
-    """Share of time the prefill side works."""
-    batch: float
-    step: float
-    pure_step: float
-    work: np.ndarray
-    kv_share: float
     prefill: Instance
     decode: Instance
     first: State

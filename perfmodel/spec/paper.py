@@ -29,6 +29,8 @@ class Given(Spec):
     range: tuple[float, float] | None = None
     """Within which an assumed number may lie."""
     others: tuple[float | str, ...] = ()
+    fixed: str | None = None
+    """Why an assumed value without range and others stands for every other: nothing rests on it, or there is no other."""
 
     @model_validator(mode="after")
     def _honest(self) -> Given:
@@ -71,7 +73,7 @@ class Setting(Spec):
     kv_dtype: str | None = None
     mem_fraction: Quantity | None = None
     techniques: tuple[str | dict[str, Any], ...] = ()
-    """Added to those of `like` and of the system."""
+    """Added to those of `like` and of the system; one of a kind that is there already, and stands once, adds its knobs."""
     batch: Quantity | None = None
     """Sequences that decode together; `max`: as many as memory holds at `input + output` tokens."""
     largest: Quantity | None = None
@@ -98,6 +100,8 @@ class Setting(Spec):
     chunk: Quantity | None = None
     prefill_share: Quantity | None = None
     """Of the compute units, under the policy `split`."""
+    alone_share: Quantity | None = None
+    """Of the compute units, under the policy `split`, that a phase has while the other has no work; 0: its own."""
     fleet: tuple[dict[str, Quantity], ...] = ()
     """Types to choose from: `device` and `price` of one [USD/h]; every device is an instance of its own."""
     roles: dict[Literal["prefill", "decode"], dict[str, Any]] = {}

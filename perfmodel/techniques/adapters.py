@@ -23,13 +23,15 @@ _FFN = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
 class LoraAdapters(Technique):
     """A batch mixes requests of several low-rank adapters over one base model (S-LoRA, arXiv:2311.03285).
 
-    Per adapted matrix of k inputs and n outputs: 2 r (k + n) FLOPs a token and d r (k + n) elements read, in two grouped
-    products over the d distinct adapters of the batch (d given, or N (1 - (1 - 1/N)^B) of N hosted ones). `resident` of
-    them lie on the device, the others in host memory; a share `cold` of d crosses the host link in a pass, ahead of use.
+    Of an adapted matrix of k inputs and n outputs: FLOPs a token = 2 r (k + n), elements read = d r (k + n), in two
+    grouped products over the d distinct adapters of the batch (d given, or N (1 - (1 - 1/N)^B) of N hosted ones).
+    `resident` of them lie on the device, the others in host memory; a share `cold` of d crosses the host link in a pass,
+    ahead of use.
     """
 
     kind: ClassVar[str] = "lora-adapters"
     reference: ClassVar[str] = "arXiv:2311.03285"
+    repeats: ClassVar[bool] = True
     order: ClassVar[float] = 0.2
     quality: ClassVar[Literal["exact", "lossy"]] = "exact"
 

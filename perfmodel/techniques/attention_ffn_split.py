@@ -36,7 +36,11 @@ class AttentionFfnSplit(Technique):
     reference: ClassVar[str] = "arXiv:2504.02263"
     quality: ClassVar[Literal["exact", "lossy"]] = "exact"
     order: ClassVar[int] = 3
-    excludes: ClassVar[dict[str, str]] = {"nano-batching": "both divide the batch to overlap it: give `micro` alone"}
+    excludes: ClassVar[dict[str, str]] = {
+        "nano-batching": "both divide the batch to overlap it: give `micro` alone",
+        "moe-offload": "the devices of the pool hold the experts that they compute",
+        "weight-offload": "the devices of the pool hold the feed-forward weights that they compute",
+    }
 
     ffn: float = knob(1.0, "feed-forward devices per attention device", low=0.01, high=100)
     micro: int = knob(3, "micro-batches in turn", low=1, high=64)
@@ -44,6 +48,10 @@ class AttentionFfnSplit(Technique):
     dtype: str = knob("bf16", "arithmetic of the feed-forward matrices")
     bandwidth: float | None = knob(None, "bytes/s per direction; none: of network or link", "byte/s", low=1, high=1e15)
     latency: float | None = knob(None, "seconds of one message; none: of network or link", "s", low=0, high=10)
+
+    def clash(self, other: Technique) -> str:
+        banks = other.kind == "near-memory" and getattr(other, "place", "") != "attention"
+        return super().clash(other) or ("the pool multiplies with weights of its own: place=attention" if banks else "")
 
     def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
         for name, block in model.blocks.items():

@@ -13,7 +13,7 @@ from perfmodel.ops.shard import Parallelism, Shard
 from perfmodel.ops.traffic import Op, Traffic, read, write
 from perfmodel.spec.calibration import Engine
 from perfmodel.spec.model import Attention, Block, Model
-from perfmodel.symbols import ceil
+from perfmodel.symbols import ceil, maximum
 from perfmodel.techniques.base import Technique, knob
 
 
@@ -26,13 +26,14 @@ class AttentionKernel(Technique):
     0.25-0.40 for FlashAttention, 0.50-0.73 for FlashAttention-2 (arXiv:2307.08691). read_loss, compute_loss: time of the
     kernel's reads and products over those of a contiguous cache, minus one (PagedAttention, arXiv:2309.06180: 20-26 %).
     imbalance: work of the fullest unit over the mean of a ragged batch (FlashInfer, arXiv:2501.01005, brings it to one).
-    block: tokens of a cache page; its rounding enters the memory. copies: an eager framework appends by concatenation, which
-    writes and reads the cache as stored (old tokens of another width stay); repeated: it then copies every KV head once per
-    query head of its group, 2 x group x bytes of an activation per element, before attention reads them.
-    mapping: host seconds a step to attach
-    pages where that is not hidden (vAttention, arXiv:2405.04437). fast_memory M: tiles of M / 4 bytes of keys stay while
-    queries and outputs pass, ceil(4 keys d w / M) times in all, the order of the lower bound N^2 d^2 / M (arXiv:2205.14135;
-    arXiv:2402.07443).
+    block: tokens of a cache page; its rounding enters the memory. copies: an eager framework appends by concatenation,
+    which writes and reads the cache as stored (old tokens of another width stay); repeated: it then copies every KV head
+    once per query head of its group, 2 x group x bytes of an activation per element, before attention reads them.
+    packs: decode serves the query heads of a group together only in groups of this size; in others every head goes by
+    itself on the vector units, where it unpacks a narrow cache anew (TensorRT-LLM 0.8: shouldUse of decoderXQARunner.h).
+    mapping: host seconds a step to attach pages where that is not hidden (vAttention, arXiv:2405.04437). fast_memory M:
+    tiles of M / 4 bytes of keys stay while queries and outputs pass, ceil(4 keys d w / M) times in all, the order of the
+    lower bound N^2 d^2 / M (arXiv:2205.14135; arXiv:2402.07443).
     """
 
     kind: ClassVar[str] = "attention-kernel"
@@ -51,6 +52,8 @@ class AttentionKernel(Technique):
     block: int = knob(0, "tokens of one cache page; 0: as the engine", "token", low=0, high=65536)
     copies: float = knob(0.0, "times that a decode step copies the whole cache before attention reads it", low=0, high=8)
     repeated: bool = knob(False, "KV heads are copied once per query head of their group, and attention reads the copies")
+
+    packs: int = knob(0, "query heads of a KV head that decode serves together; 0: any number", low=0, high=1024)
 
     def cache(self, cache: Cache, site: Site) -> Cache:
         decodes = isinstance(site.new, (int, float)) and site.new == 0
@@ -96,6 +99,7 @@ class AttentionKernel(Technique):
 
     def _changed(self, op: Op) -> list[Op]:
         slower = {k: v for k, v in (("uneven", self.imbalance), ("scattered", 1 + self.read_loss)) if v != 1}
+        slower |= {"packs": float(self.packs)} if self.packs else {}
         op = replace(op, shape={**op.shape, **slower})
         if self.fast_memory and not self.unfused:
             op = replace(op, traffic=(*op.traffic, *self._passes(op)))
@@ -105,7 +109,7 @@ class AttentionKernel(Technique):
         every = s["n"] * s["q"] * s["kv_len"]
         scores = every * s["heads"]
         aside = {"vector", "exp"}
-        more = every / s["pairs"]
+        more = every / maximum(s["pairs"], 1e-9)  # none where all keys are shared
         products = {unit: f * more for unit, f in op.flops.items() if unit not in aside}
         softmax = {unit: f * more for unit, f in op.flops.items() if unit in aside}
         traffic = (write("activations", scores * self.passes / 2, self.score_width),

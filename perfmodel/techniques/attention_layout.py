@@ -13,7 +13,7 @@ from perfmodel.techniques.kv_sharing import KeysAsValues
 class AttentionLayout(KeysAsValues):
     """Every attention layer gets these heads; what is not given stays. Projections and cache follow from the model.
 
-    KV elements per token and layer: 2 kv_heads head_dim (1 with `keys_as_values`), or kv_rank + rope_dim for a latent.
+    KV elements per token and layer = 2 kv_heads head_dim (1 with `keys_as_values`), or kv_rank + rope_dim for a latent.
     Conversion to grouped queries (arXiv:2305.13245), compressed KV heads (arXiv:2406.07056), multi-matrix factorisation
     attention (arXiv:2412.19255: one KV head, `q_rank`), multi-head latent attention (MHA2MLA, arXiv:2502.14837: `kv_rank`).
     """

@@ -10,10 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin
 
 from pydantic import Field, model_validator
 
+from perfmodel.errors import SpecError
 from perfmodel.machine import Machine
 from perfmodel.ops.cache import Cache
 from perfmodel.ops.cached import Site
@@ -22,7 +24,7 @@ from perfmodel.ops.traffic import Op, Residency
 from perfmodel.schedule import Node
 from perfmodel.spec.base import Spec
 from perfmodel.spec.calibration import Engine
-from perfmodel.spec.model import Block, Model
+from perfmodel.spec.model import Attention, Block, LatentAttention, Model
 from perfmodel.symbols import Num
 
 Quality = Literal["exact", "lossy"]
@@ -31,6 +33,24 @@ Quality = Literal["exact", "lossy"]
 def knob(default: Any, meaning: str, unit: str = "1", *, low: float | None = None, high: float | None = None) -> Any:
     """A parameter with its meaning, unit and range."""
     return Field(default, description=meaning, json_schema_extra={"unit": unit}, ge=low, le=high)
+
+
+def limits(field: Any) -> str:
+    """Range of a numeric parameter, as ``0.5 to 16``; empty where it has none."""
+    low = next((m.ge for m in field.metadata if hasattr(m, "ge")), None)
+    high = next((m.le for m in field.metadata if hasattr(m, "le")), None)
+    if low is None:
+        return ""
+    return f"{low:g} to {high:g}" if high is not None else f"from {low:g}"
+
+
+def words(kind: Any) -> list[str]:
+    """Words that a parameter of this type may be."""
+    if kind is bool:
+        return ["true", "false"]
+    if get_origin(kind) is Literal:
+        return [str(word) for word in get_args(kind)]
+    return [word for part in get_args(kind) for word in words(part)] if get_origin(kind) in (Union, UnionType) else []
 
 
 @dataclass(frozen=True)
@@ -135,11 +155,13 @@ class Technique(Spec):
     quality: ClassVar[Quality] = "lossy"
     """exact: the model's answers stay what they are."""
     order: ClassVar[float] = 0
-    """Place among the techniques of a run, however they were given: what a layer computes (0), where weights lie (0.1),
-    adapters (0.2), what is skipped (0.3), how weights are unpacked (0.4), where the cache lies (0.5), products elsewhere
-    (0.6), and those that arrange what others leave (1 and later)."""
+    """Place among the techniques of a run, however they were given: paths (-1), which layers there are (-0.5), what a layer
+    computes (0), where weights lie (0.1), adapters (0.2), what is skipped (0.3), how weights are unpacked (0.4), where the
+    cache lies (0.5), products elsewhere (0.6), and those that arrange what others leave (1 and later)."""
     excludes: ClassVar[dict[str, str]] = {}
     """Kinds it cannot stand beside, and why."""
+    repeats: ClassVar[bool] = False
+    """Whether several of its kind can stand beside each other, with parameters of their own."""
     cache_turn: ClassVar[int] = 2
     """When it edits cache and layer: -3 which tokens are shared, -2 which of a prompt go on,
     -1 which heads keep all, 0 which tokens are stored, 1 which are read and in what form,
@@ -162,7 +184,8 @@ class Technique(Spec):
 
     def clash(self, other: Technique) -> str:
         """Why it cannot stand beside another; empty: it can."""
-        return self.excludes.get(other.kind, "")
+        once = "" if self.repeats or other.kind != self.kind else "give the parameters of both to one"
+        return self.excludes.get(other.kind, once)
 
     def effects(self) -> Quality:
         """Quality at these parameters."""
@@ -243,7 +266,8 @@ class Technique(Spec):
 
 
 def requests(techniques: tuple[Technique, ...], request: Request) -> tuple[Request, ...]:
-    """Every way in which techniques let a request be prefilled."""
+    """Every way in which techniques let a request be prefilled. Raises SpecError for those that change denoisers only."""
+    _prompted(techniques)
     ways: tuple[Request, ...] = (request,)
     for technique in techniques:
         edited = [technique.request(way) for way in ways]
@@ -252,12 +276,31 @@ def requests(techniques: tuple[Technique, ...], request: Request) -> tuple[Reque
 
 
 def rounds(techniques: tuple[Technique, ...], batch: Num) -> tuple[Round, ...]:
-    """Every way in which techniques let a batch be decoded."""
+    """Every way in which techniques let a batch be decoded. Raises SpecError for those that change denoisers only."""
+    _prompted(techniques)
     ways: tuple[Round, ...] = (Round(),)
     for technique in techniques:
         edited = [technique.round(way, batch) for way in ways]
         ways = tuple(way for r in edited for way in (replace(r, instead=()), *r.instead))
     return ways
+
+
+def finding(techniques: tuple[Technique, ...]) -> str:
+    """The kind that says which tokens of a prompt are found in a cache of earlier ones; empty: none does."""
+    prompt = Request(1e6)
+    return next((t.kind for t in techniques if t.request(prompt).cached > 0), "")
+
+
+def require_cache(kind: str, model: Model) -> None:
+    """Raise SpecError for a model whose layers cache no keys and values (or latents)."""
+    if not any(isinstance(b.mixer, (Attention, LatentAttention)) for b in model.blocks.values()):
+        raise SpecError(f"{kind}: {model.name} caches no keys and values")
+
+
+def _prompted(techniques: tuple[Technique, ...]) -> None:
+    for technique in techniques:
+        if type(technique).denoise is not Technique.denoise:
+            raise SpecError(f"{technique.kind} changes the steps of a denoiser; prompts and decode steps have none")
 
 
 def edit_ops(ops: list[Op], wanted: Any, edit: Any) -> list[Op]:

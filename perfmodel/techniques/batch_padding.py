@@ -14,9 +14,9 @@ from perfmodel.techniques.base import Request, Round, Technique, knob
 class BatchPadding(Technique):
     """Prompts are padded to the longest of their batch, and a batch steps on until its longest answer ends.
 
-    prompt: longest prompt over the mean: tokens computed, cached and attended are `prompt` times those asked for.
-    output: longest answer over the mean: of each step's tokens 1 / output are wanted. Orca (OSDI 2022, 3.1) and
-    iteration-level scheduling remove the second, kernels for ragged batches the first.
+    Tokens computed, cached and attended = `prompt` (longest over mean) x tokens asked for; seconds per wanted token =
+    `output` (longest answer over mean) x seconds of a step. Iteration-level scheduling (Orca, OSDI 2022, 3.1) removes the
+    second, kernels for ragged batches the first.
     """
 
     kind: ClassVar[str] = "batch-padding"

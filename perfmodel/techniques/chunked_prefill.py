@@ -15,9 +15,9 @@ from perfmodel.techniques.base import Technique, knob
 class ChunkedPrefill(Technique):
     """q prompt tokens pass each layer in q / chunk pieces; every piece reads the weights and all earlier keys again.
 
-    Query-key pairs are those of the whole prompt; bytes grow by (q / chunk - 1) weights and the caches of earlier chunks
-    (Sarathi-Serve, arXiv:2403.02310). A view of the work of one prompt: which decode steps carry the chunks, and layered
-    prefill, are policies of perfmodel.serving (batching, layered). Host time is that of one step.
+    FLOPs and query-key pairs stay; bytes = (q / chunk) x weights + keys and values of c + q / 2 tokens for each later
+    chunk (Sarathi-Serve, arXiv:2403.02310). A view of the work of one prompt: which decode steps carry the chunks, and
+    layered prefill, are policies of perfmodel.serving (batching, layered). Host time is that of one step.
     """
 
     kind: ClassVar[str] = "chunked-prefill"

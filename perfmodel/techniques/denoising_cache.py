@@ -17,10 +17,10 @@ from perfmodel.techniques.base import Denoising, Pass, Technique, knob
 class DenoisingCache(Technique):
     """Steps that reuse the last output, and layers whose output is reused in the steps that run.
 
-    Of S steps, first + last always run; of the others a share `skipped` adds the stored residual to its input instead of
-    running layers. Every step an estimator passes `estimator` times over the tokens x hidden input that it compares.
-    In steps that run, a share `reused` of the layers adds its stored output. Stored: `tensors` of batch x tokens x hidden,
-    and one per reused layer. TeaCache (arXiv:2411.19108); speed-up at most 1 / (1 - skipped).
+    Passes that run = first + last + (S - first - last) (1 - skipped) of S steps; a skipped one adds the stored residual
+    to its input instead. Every step an estimator passes `estimator` times over the tokens x hidden input that it
+    compares. In steps that run, a share `reused` of the layers adds its stored output. Stored: `tensors` of batch x
+    tokens x hidden, and one per reused layer. TeaCache (arXiv:2411.19108); speed-up at most 1 / (1 - skipped).
     """
 
     kind: ClassVar[str] = "denoising-cache"
@@ -64,9 +64,9 @@ class DkvCache(Technique):
     """Keys and values of a bidirectional diffusion language model, kept for tokens that are decided.
 
     A step computes a = window tokens, or those still masked (answer / 2 on average) and those decided within `delay`
-    steps; they attend the L - a cached ones. Every `refresh` steps all L tokens are computed in a share `refreshed` of the
-    layers (dKV-Cache, arXiv:2505.15781; refresh from a layer on: arXiv:2510.14973). Work falls from S L to S a + (S/refresh) L
-    token passes.
+    steps; they attend the L - a cached ones. Every `refresh` steps all L tokens are computed in a share `refreshed` of
+    the layers (dKV-Cache, arXiv:2505.15781; refresh from a layer on: arXiv:2510.14973). Work falls from S L to S a +
+    (S/refresh) L token passes.
     """
 
     kind: ClassVar[str] = "dkv-cache"
@@ -108,5 +108,5 @@ class DkvCache(Technique):
             mixer = model.blocks[name].mixer
             if mixer is not None and mixer.kind in ("attention", "latent"):
                 site = cache_site(mixer, name, model.hidden, count, par, formats)
-                found.append(Residency("kv", f"{name}.dkv", count * tokens * site.kv_elements, site.width))
+                found.append(Residency("kv", f"{name}.dkv", count * tokens * site.kv_elements / site.cp, site.width))
         return found

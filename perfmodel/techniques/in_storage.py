@@ -17,7 +17,7 @@ from perfmodel.ops.shard import Parallelism, Shard
 from perfmodel.ops.traffic import Op
 from perfmodel.spec.model import Attention, Block, LatentAttention, Model
 from perfmodel.symbols import Num, maximum, minimum
-from perfmodel.techniques.base import Technique, knob
+from perfmodel.techniques.base import Technique, knob, require_cache
 
 PLACE = "csd"
 FLASH = "csd_flash"
@@ -77,7 +77,7 @@ class InStorageAttention(Technique):
         found = []
         for i, group in enumerate(shard.groups):
             before, after = (_held(edited(shard.formats, site, t), site) for t in (group.c, group.c + group.q))
-            size = group.n * maximum(after - before, 0.0)
+            size = group.n * maximum(after - before, 0.0) / site.cp
             found.append(copy(f"kv_store_{PLACE}_{i}", FLASH, size, 1, direction="write", aside=True))
         return [*ops, *found]
 
@@ -103,8 +103,7 @@ class InStorageAttention(Technique):
         )
 
     def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
-        if not any(isinstance(b.mixer, (Attention, LatentAttention)) for b in model.blocks.values()):
-            raise SpecError(f"in-storage-attention: {model.name} caches no keys and values")
+        require_cache(self.kind, model)
 
 
 def _held(cache: Cache, site: Site) -> Num:

@@ -18,17 +18,27 @@ from perfmodel.techniques.base import Technique, edit_ops, knob
 # More tokens than any step has: every step replays a captured graph.
 _EVERY_STEP = 1_000_000_000
 _EXCHANGES = ("collective", "p2p", "copy", "elsewhere")
+# Kernels of parts of a layer as modules of Transformers write them, and the bytes they move over those of one fused kernel,
+# counted in modeling_llama.py and modeling_opt.py, 4.37. The sum before a norm, then of RMSNorm the cast, square, mean, plus
+# epsilon, root, product, cast and weight. Rotary: two look-ups; product, half turned and joined, product and sum of queries
+# and of keys; two concatenations, which are all that models with LayerNorm are taken to do.
+_RMS_NORM, _LAYER_NORM = (9.0, 5.25), (2.0, 1.25)
+_ROTARY, _APPEND = (14.0, 5.0), (2.0, 1.0)
+_GATED, _PLAIN = (2.0, 5 / 3), (1.0, 1.0)
+_APART = {"qkv_proj": 3.0, "gate_up_proj": 2.0}
 
 
 class KernelLaunch(Technique):
     """Fusion, captured graphs or eager launches, persistent kernels, and dataflow pipelines.
 
     elementwise: kernels and passes over memory per element-wise operator of the engine; 0 merges all of them with their
-    neighbours (arithmetic stays), several stand for an eager framework. launches ``eager``: a step lasts
-    max(device, launches x issue) (arXiv:2504.11750, launch-bound region); ``graph``: every step replays a captured graph.
+    neighbours (arithmetic stays), several stand for an eager framework. modules: norms, rotary positions, activations and
+    projections are the kernels that modules of Transformers are, e.g. 9 for a sum and its RMS norm, 3 for q, k and v.
+    launches ``eager``: a step lasts max(device, launches x issue) (arXiv:2504.11750, launch-bound region); ``graph``: every
+    step replays a captured graph.
     merged: share of the kernel boundaries of a layer that go (persistent kernels). dataflow: operators of a layer form one
     pipeline on chip, activations between them never reach memory and all run at once,
-    T = max over resources of their sum (SN40L, arXiv:2405.07518).
+    T = max over resources of their sum at bytes / (bandwidth e) and FLOPs / (peak e) (SN40L, arXiv:2405.07518).
     """
 
     kind: ClassVar[str] = "kernel-launch"
@@ -37,6 +47,7 @@ class KernelLaunch(Technique):
     order: ClassVar[int] = 4
 
     elementwise: float = knob(1.0, "kernels per element-wise operator of the engine; 0: all merged", low=0, high=32)
+    modules: bool = knob(False, "norms, rotary, activations and projections as modules of Transformers write them")
     merged: float = knob(0.0, "share of a layer's kernel boundaries that go", low=0, high=1)
     dataflow: bool = knob(False, "a layer is one pipeline on chip")
     launches: Literal["engine", "graph", "eager"] = knob("engine", "captured graphs, single launches, or as the engine")
@@ -57,14 +68,29 @@ class KernelLaunch(Technique):
         return replace(machine, law=machine.law | {"host_slowdown": machine.law["host_slowdown"] * self.host})
 
     def layer(self, ops: list[Op], block: Block, shard: Shard) -> list[Op]:
-        ops = edit_ops(ops, lambda op: op.kind == "elementwise", self._recut)
+        if self.modules:
+            ops = edit_ops(ops, lambda op: op.name in _APART, lambda op: replace(op, launches=op.launches * _APART[op.name]))
+        ops = edit_ops(ops, lambda op: op.kind == "elementwise", lambda op: self._recut(op, block))
         if self.merged:
             ops = edit_ops(ops, _kernel, lambda op: replace(op, launches=op.launches * (1 - self.merged)))
         return ops
 
-    def _recut(self, op: Op) -> Op:
-        """One element-wise operator as `elementwise` kernels, each of which reads and writes the tensor."""
-        return replace(passing(op, self.elementwise), launches=op.launches * self.elementwise)
+    def _recut(self, op: Op, block: Block) -> Op:
+        """One element-wise operator as several kernels, each of which reads and writes the tensor."""
+        kernels, passes = self._written(op, block) or (self.elementwise, self.elementwise)
+        return replace(passing(op, passes), launches=op.launches * kernels)
+
+    def _written(self, op: Op, block: Block) -> tuple[float, float] | None:
+        """Kernels and passes of an operator as a module of its own; none: not one of those counted."""
+        if not self.modules:
+            return None
+        if op.name.endswith("_norm") and "rows" in op.shape:
+            return _RMS_NORM if block.norm == "rms" else _LAYER_NORM
+        if op.name == "rope_and_cache":
+            return _ROTARY if block.norm == "rms" else _APPEND
+        if op.name == "activation":
+            return _GATED if "rows" in op.shape else _PLAIN
+        return None
 
     def arrange(self, build: Callable[[Shard], Node], shard: Shard) -> Node:
         node = build(shard)
@@ -125,5 +151,6 @@ def _stage(ops: list[Op]) -> list[Node]:
     found = list(ops)
     for i in kernels:
         end = "read" if i == kernels[0] else "write" if i == kernels[-1] else ""
-        found[i] = replace(passing(ops[i], 0.0, kept=end), launches=ops[i].launches * (i == kernels[0]))
+        laid_out = {**ops[i].shape, "stage": 1.0}
+        found[i] = replace(passing(ops[i], 0.0, kept=end), launches=ops[i].launches * (i == kernels[0]), shape=laid_out)
     return [Par(tuple(found), EVERYTHING)]

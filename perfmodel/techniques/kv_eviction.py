@@ -13,7 +13,7 @@ from perfmodel.ops.shard import Parallelism, Shard
 from perfmodel.ops.traffic import Op, read, write
 from perfmodel.spec.model import Attention, Block, Model
 from perfmodel.symbols import Num, ceil, maximum, minimum
-from perfmodel.techniques.base import Technique, knob
+from perfmodel.techniques.base import Technique, knob, require_cache
 from perfmodel.techniques.kv_quantization import score_pass
 from perfmodel.techniques.matrices import seen_share
 
@@ -50,9 +50,11 @@ class KvEviction(Technique):
     window: int = knob(0, "last queries whose scores choose; 0: all queries", "token", low=0, high=100_000)
     scoring_heads: float = knob(1.0, "share of the query heads that are scored", low=0, high=1)
     decode_scores: bool = knob(False, "a decode step writes its scores as well, outside fused attention")
-    gate: float = knob(0.0, "matrix FLOPs per new token and layer of a trained scorer", "FLOP", low=0)
-    merge: float = knob(0.0, "vector operations per element of an evicted prompt token that merges into others", "op", low=0)
-    state: float = knob(0.0, "bytes per kept token and KV head that a step reads to choose (scores, hashes)", "byte", low=0)
+    gate: float = knob(0.0, "matrix FLOPs per new token and layer of a trained scorer", "FLOP", low=0, high=1e15)
+    merge: float = knob(0.0, "vector operations per element of an evicted prompt token that merges into others", "op", low=0,
+                        high=1e6)  # fmt: skip
+    state: float = knob(0.0, "bytes per kept token and KV head that a step reads to choose (scores, hashes)", "byte", low=0,
+                        high=1e6)  # fmt: skip
     interval: int = knob(1, "decode steps between evictions; the cache grows in between", "step", low=1, high=100_000)
 
     def effects(self) -> Literal["exact", "lossy"]:
@@ -61,6 +63,7 @@ class KvEviction(Technique):
     def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
         if self.effects() == "exact" and not self.scores:
             return
+        require_cache(self.kind, model)
         if not self.generated and not self.prompt:
             raise SpecError("kv-eviction: to keep generated tokens beside the budget it must know the prompt; give prompt=N")
         if self.sinks and self.budget and self.sinks > self.budget:

@@ -14,7 +14,7 @@ from perfmodel.ops.shard import Group, Parallelism, Shard
 from perfmodel.ops.traffic import Op
 from perfmodel.spec.model import Attention, Block, LatentAttention, Model
 from perfmodel.symbols import Num, maximum, minimum
-from perfmodel.techniques.base import Technique, edit_ops, knob
+from perfmodel.techniques.base import Technique, edit_ops, knob, require_cache
 
 
 class KvOffload(Technique):
@@ -30,6 +30,7 @@ class KvOffload(Technique):
     arXiv:2403.17312), 2 x hidden x kv elements FLOPs a token. `far_share` lies in a third tier; `summary` elements per
     `chunk` tokens stand beside it and are fetched to choose (LeoAM, arXiv:2506.20187). `codes`: low-bit copies of all
     keys on the device, scanned to choose the share `read`. `columns: v` leaves the keys (ShadowKV, arXiv:2410.21465).
+    `packed`: processors gather scattered rows into one buffer before they leave, so many bytes of host memory traffic each.
     """
 
     kind: ClassVar[str] = "kv-offload"
@@ -47,6 +48,8 @@ class KvOffload(Technique):
     hit: float = knob(0.0, "share of what is read outside that copies on the device serve", low=0, high=1)
     copies: float | None = knob(None, "share of the outside tokens with such a copy; none: the hits of one step", low=0, high=1)
     page: float = knob(0.0, "bytes of one contiguous piece; 0: a layer's at once", "byte", low=0, high=1e9)
+    packed: float = knob(0.0, "host memory traffic of gathering, over the bytes fetched (read, written: 3 with the line filled)",
+                         low=0, high=100)  # fmt: skip
     ahead: float = knob(1.0, "share of the fetches asked for a layer ahead", low=0, high=1)
     duplex: bool = knob(True, "new keys and values go out beside what comes in")
     wire: float = knob(1.0, "bytes on the way over stored bytes (compressed on the way)", low=0.01, high=1)
@@ -126,21 +129,31 @@ class KvOffload(Technique):
             return ops
         site = cache_site(mixer, shard.block, shard.hidden, shard.layers, shard.par, shard.formats)
         stores = [op for i, group in enumerate(shard.groups) for op in self._written(group, site, shard, i)]
+        if self.packed:
+            ops = [x for op in ops for x in (*self._gathered(op), op)]
         if self.head_group and not self.on:
             passes = maximum(site.kv_heads / self.head_group, 1.0)
             ops = edit_ops(ops, lambda op: op.kind == "attention" and op.name.startswith("attention"),
                            lambda op: replace(op, launches=op.launches * passes))  # fmt: skip
         return [*ops, *stores]
 
+    def _gathered(self, op: Op) -> list[Op]:
+        """What the processors do before a fetch from host memory."""
+        if op.kind != "copy" or op.traffic[0].tensor != "kv" or (op.traffic[0].path, op.traffic[0].direction) != ("host", "read"):
+            return []
+        traffic = (replace(op.traffic[0], elements=op.traffic[0].elements * self.packed, path="cpu"),)
+        return [Op(f"{op.name}_packed", "elsewhere", {}, traffic, {}, launches=0, contextual=op.contextual, on="cpu",
+                   aside=op.aside)]  # fmt: skip
+
     def _written(self, group: Group, site: Site, shard: Shard, i: int) -> list[Op]:
-        """New keys and values on their way out: what the tiers store more of after this pass than before."""
+        """New keys and values of this rank on their way out: what the tiers store more of after this pass than before."""
         before = self._outside(edited(shard.formats, site, group.c), site)
         after = self._outside(edited(shard.formats, site, group.c + group.q), site)
         ops = []
         for tier, (elements, size) in after.items():
             earlier = before.get(tier, (0.0, 0.0))
             fresh, moved = maximum(elements - earlier[0], 0.0), maximum(size - earlier[1], 0.0)
-            out = copy(f"kv_store_{tier}_{i}", tier, group.n * fresh, moved / maximum(fresh, 1e-9), direction="write",
+            out = copy(f"kv_store_{tier}_{i}", tier, group.n * fresh / site.cp, moved / maximum(fresh, 1e-9), direction="write",
                        aside=True)  # fmt: skip
             # Half duplex: writes wait for the reads.
             ops.append(out if self.duplex else replace(out, aside=False))
@@ -160,10 +173,9 @@ class KvOffload(Technique):
     def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
         if self.share == 0:
             return
-        if not any(isinstance(b.mixer, (Attention, LatentAttention)) for b in model.blocks.values()):
-            raise SpecError(f"kv-offload: {model.name} caches no keys and values")
-        if self.on:
-            rates(self.on, machine)
+        require_cache(self.kind, model)
+        if self.on or self.packed:
+            rates(self.on or "cpu", machine)
         for tier in {self.tier} | ({self.far} if self.far_share else set()):
             require_path(machine, tier)
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from perfmodel.machine import Machine
 from perfmodel.ops.cache import Cache, Run, Segment, columns_share, split_newest, split_oldest
 from perfmodel.ops.cached import Site
 from perfmodel.ops.shard import Parallelism, Shard
 from perfmodel.ops.traffic import Op, Residency, read, write
 from perfmodel.spec.model import Attention, Block, LatentAttention, Model
 from perfmodel.symbols import Num, maximum, minimum
-from perfmodel.techniques.base import Technique, knob
+from perfmodel.techniques.base import Technique, knob, require_cache
 from perfmodel.techniques.matrices import fullest_share
 
 
@@ -42,7 +43,8 @@ class KvQuantization(Technique):
     outliers: float = knob(0.0, "share of elements stored apart as well", low=0, high=0.2)
     outlier_bits: float = knob(32.0, "bits of one outlier: value and index", "bit", low=8, high=64)
     error_rank: int = knob(0, "rank per head of a 16-bit correction of the quantisation error", "element", low=0, high=1024)
-    predictor: float = knob(0.0, "matrix FLOPs per token read, layer and KV head that predict what is not stored", "FLOP", low=0)
+    predictor: float = knob(0.0, "matrix FLOPs per token read, layer and KV head that predict what is not stored", "FLOP",
+                             low=0, high=1e12)  # fmt: skip
     codebook: float = knob(0.0, "bytes of codebooks per layer and KV head", "byte", low=0, high=1e9)
     unpack: float | None = knob(None, "vector operations per element read; none: 2 from 8 bits on, else 4", "op", low=0, high=64)
     pack: float = knob(3.0, "vector operations per new element: range, scale, round", "op", low=0, high=64)
@@ -51,6 +53,9 @@ class KvQuantization(Technique):
 
     def effects(self) -> Literal["exact", "lossy"]:
         return "lossy" if self._narrows(16.0) else "exact"
+
+    def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
+        require_cache(self.kind, model)
 
     def _bits(self) -> tuple[float, float]:
         return (self.key_bits or self.bits, self.value_bits or self.bits)

@@ -19,10 +19,10 @@ from perfmodel.techniques.base import Technique, knob
 class KvRematerialisation(Technique):
     """Cached per token and layer: hidden elements of X, or with `latent` the 2 kv_dim of X U (grouped queries).
 
-    A step computes K and V of every cached token again: 2 hidden (2 kv_dim / tp) FLOPs per token read and layer, or
-    2 kv_dim (2 kv_dim / tp) from the latents. Every tensor-parallel rank needs whole X. Cross-layer deltas (XQuant-CL): a
-    layer stores its difference to the layer before at `bits`, and the running sum is read and written at
-    `accumulator_bits`. XQuant (arXiv:2508.10395).
+    Bytes = elements x (bits + scale_bits / group) / 8. A step computes K and V of every cached token again: 2 hidden (2
+    kv_dim / tp) FLOPs per token read and layer, or 2 kv_dim (2 kv_dim / tp) from the latents. Every tensor-parallel rank
+    needs whole X. Cross-layer deltas (XQuant-CL): a layer stores its difference to the layer before at `bits`, and the
+    running sum is read and written at `accumulator_bits`. XQuant (arXiv:2508.10395).
     """
 
     kind: ClassVar[str] = "kv-rematerialisation"

@@ -13,7 +13,7 @@ from perfmodel.ops.shard import Group, Parallelism, Shard
 from perfmodel.ops.traffic import Op, read, write
 from perfmodel.spec.model import Attention, Block, Model
 from perfmodel.symbols import Num, ceil, maximum, minimum
-from perfmodel.techniques.base import Technique, knob
+from perfmodel.techniques.base import Technique, knob, require_cache
 from perfmodel.techniques.matrices import seen_share
 
 
@@ -25,7 +25,8 @@ class KvSelection(Technique):
     `every` steps. Quest (arXiv:2406.10774): minimum and maximum, summaries 2. InfLLM (arXiv:2402.04617), ShadowKV
     (arXiv:2410.21465): landmarks, summaries 1. MagicPIG (arXiv:2410.16179): `hash_bits` per token and KV head, sampling.
     Prefill: a query meets `prefill_budget` keys in blocks of `prefill_page`, chosen for `prefill_rows` queries together by
-    2 d heads q c / (rows page) FLOPs: MoBA (arXiv:2502.13189), MInference (arXiv:2407.02490), FlexPrefill (arXiv:2502.20766).
+    2 d heads q c / (rows page) FLOPs and `prefill_choice` vector operations a score: MoBA (arXiv:2502.13189), MInference
+    (arXiv:2407.02490), FlexPrefill (arXiv:2502.20766).
     """
 
     kind: ClassVar[str] = "kv-selection"
@@ -51,6 +52,7 @@ class KvSelection(Technique):
     prefill_page: int = knob(128, "keys of a block of a prefill", "token", low=1, high=1_000_000)
     prefill_rows: int = knob(1, "queries that share one choice of blocks", "token", low=1, high=100_000)
     prefill_gathered: bool = knob(False, "blocks gather their queries: partial outputs pass memory once per chosen block")
+    prefill_choice: float = knob(4.0, "vector operations per block score of a prefill, to choose among them", low=0, high=1000)
     prefill_streamed: bool = knob(True, "block scores stay on chip; false: they are written and read again")
 
     def effects(self) -> Literal["exact", "lossy"]:
@@ -61,6 +63,7 @@ class KvSelection(Technique):
         return bool(self.budget) or self.share < 1
 
     def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
+        require_cache(self.kind, model)
         if self.budget and self.sinks + self.recent > self.budget:
             raise SpecError(
                 f"kv-selection: {self.sinks} sinks and {self.recent} recent tokens exceed the budget of {self.budget}; "
@@ -150,7 +153,8 @@ class KvSelection(Technique):
         if not self.prefill_streamed:
             moved += [write("activations", pairs, 4), read("activations", pairs, 4)]
         moved.append(read("activations", group.tokens * heads * a.head_dim, width))
-        flops = {unit: 2 * a.head_dim * pairs, "vector": 4 * pairs + group.visible(a.window) * kv_heads * a.head_dim}
+        pooled = group.visible(a.window) * kv_heads * a.head_dim
+        flops = {unit: 2 * a.head_dim * pairs, "vector": self.prefill_choice * pairs + pooled}
         return Op("prefill_routing", "selection", flops, tuple(moved), {"elements": pairs}, launches=3, contextual=True,
                   reference="arXiv:2502.13189")  # fmt: skip
 

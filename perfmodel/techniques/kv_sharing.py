@@ -60,8 +60,8 @@ class KeysAsValues(Technique):
 class KvSharing(KeysAsValues):
     """Of every `group` layers one has keys and values, or a share of all layers has none; these use another layer's.
 
-    They store nothing and have no key and value projections, but still read the cache they use. Cross-layer attention
-    (arXiv:2405.12981: group), KVSharer (arXiv:2410.18517: share).
+    Bytes stored and projections = 1 / group, or 1 - share, of the model's; bytes read stay, since every layer attends the
+    cache it uses. Cross-layer attention (arXiv:2405.12981: group), KVSharer (arXiv:2410.18517: share).
     """
 
     kind: ClassVar[str] = "kv-sharing"

@@ -14,13 +14,16 @@ from perfmodel.techniques.base import Quality, Technique, knob
 class LayerSkip(Technique):
     """The model with `layers` of its L layers (or a `share` of them), spread evenly; embedding and head stay.
 
-    n = max(1, round(share L)). By itself it changes the answers (early exit); as a draft's technique it is
-    self-speculation, which the full model verifies (Draft & Verify, arXiv:2309.08168; LayerSkip, arXiv:2404.16710).
+    n = max(1, round(share L)) layers, and so their bytes and FLOPs. By itself it changes the answers (early exit); as a
+    draft's technique it is self-speculation, which the full model verifies (Draft & Verify, arXiv:2309.08168; LayerSkip,
+    arXiv:2404.16710).
     """
 
     kind: ClassVar[str] = "layer-skip"
     reference: ClassVar[str] = "arXiv:2309.08168"
     by_layer: ClassVar[bool] = False
+    # The layers that are left are what other techniques lay out.
+    order: ClassVar[float] = -0.5
 
     share: float = knob(1.0, "share of the layers that run", low=0, high=1)
     layers: int = knob(0, "layers that run; 0: given as a share", "layer", low=0, high=10_000)

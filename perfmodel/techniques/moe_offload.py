@@ -51,7 +51,7 @@ class MoeOffload(Technique):
     lead: int = knob(1, "layers by which the predictor is ahead", "layer", low=1, high=64)
     predictor: bool = knob(True, "the predictor is the coming layer's router, run once more")
     bits: float = knob(0.0, "bits of an expert's weight in the tier and on the way; 0: as stored", "bit", low=0, high=16)
-    cpu: float | Literal["balanced"] = knob(0.0, "share of the remaining misses that the CPU computes, or `balanced`")
+    cpu: float | Literal["balanced"] = knob(0.0, "share (0 to 1) of the remaining misses that the CPU computes, or `balanced`")
     pinned: bool = knob(False, "experts on the device never change, so that the tier keeps only the others")
     buffers: float = knob(2.0, "experts the device has room for beside the slots, to fetch into", "1", low=0, high=10_000)
     grouping: float = knob(1.0, "distinct experts over those of a random batch (tokens regrouped)", low=0.01, high=1)
@@ -75,13 +75,13 @@ class MoeOffload(Technique):
         found._cpu, found._link = there, link
         return found
 
-    def _split(self, products: list[Op], missed: Num, needed: Num, size: Num) -> Num:
-        """Share of the late misses, `size` bytes, that the CPU computes."""
+    def _split(self, products: list[Op], missed: Num, needed: Num, size: Num, width: float) -> Num:
+        """Share of the late misses, `size` bytes of weights of `width` bytes, that the CPU computes."""
         if self._cpu is None:
             return float(self.cpu) if self.cpu != "balanced" else 0.0
         flops = sum((f for op in products for u, f in op.flops.items() if u not in ("vector", "exp")), start=0.0)
         there = flops * missed / maximum(needed, 1e-9)
-        busy = maximum(size / self._cpu.bandwidth, there / self._cpu.rate(products[0].shape["m"]))
+        busy = maximum(size / self._cpu.bandwidth, there / self._cpu.rate(products[0].shape["m"], width))
         copied = size / self._link
         return copied / maximum(copied + busy, 1e-30)
 
@@ -99,7 +99,7 @@ class MoeOffload(Technique):
         wrong = minimum(missed * (1 - self.accuracy), maximum(held - needed, 0.0)) / maximum(missed, 1e-9)
         guessed = (1 - wrong) * maximum(1 - self.lead / shard.layers, 0.0) if self.accuracy else 0.0
         late = missed * (1 - guessed)
-        share = self._split(products, late, needed, late * each * width)
+        share = self._split(products, late, needed, late * each * width, width)
         # The predictor asks for as many experts as miss; those that were wrong crossed the link for nothing.
         early = missed * maximum(1 - self.lead / shard.layers, 0.0) if self.accuracy else 0.0 * missed
         ahead = copy("experts_ahead", self.tier, early * each, width, tensor="experts", contextual=False, aside=True)

@@ -29,6 +29,7 @@ class NearMemory(Technique):
     input bytes / one module's bus (every module gets all of it) + output bytes / (count x bus). Units in banks multiply
     one vector at a time, so the gain goes with the batch; CIM macros keep a tile for all vectors (`reuse`), but stream it
     from device memory (`source: device`, EdgeCIM, arXiv:2604.11512). `apart`: the modules have a capacity of their own.
+    Joules beside the device's power = byte_energy x those weight bytes + mac_energy x FLOPs / 2 (perfmodel.cost.pass_energy).
     """
 
     kind: ClassVar[str] = "near-memory"
@@ -50,6 +51,9 @@ class NearMemory(Technique):
     source: Literal["banks", "device"] = knob("banks", "where weights are read: in the banks, or streamed from device memory")
     reuse: float = knob(1.0, "vectors that meet a weight once it is read", "1", low=1, high=1e9)
     passes: Literal["decode", "all"] = knob("decode", "passes that run there")
+    byte_energy: float = knob(0.0, "joules per byte read in the arrays, activation of its row included; 0: not counted", "J/byte",
+                              low=0, high=1)  # fmt: skip
+    mac_energy: float = knob(0.0, "joules per multiply-accumulate there; 0: not counted", "J", low=0, high=1)
     apart: bool = knob(False, "weights or cache lie in the modules and not in the device's own memory")
 
     def cache(self, cache: Cache, site: Site) -> Cache:
@@ -98,7 +102,8 @@ class NearMemory(Technique):
         rate = self.flops or max(module.compute.matrix.values(), default=module.compute.vector["fp32"])
         found = calibration.link_parameters(port.technology)
         bus = port.bandwidth * found["link_efficiency"].parameter.value
-        there = Rates(banks * self.utilisation, self.count * rate, most_bandwidth=banks)
+        there = Rates(banks * self.utilisation, self.count * rate, most_bandwidth=banks, joules_per_byte=self.byte_energy,
+                      joules_per_flop=self.mac_energy / 2)  # fmt: skip
         room = self.count * module.memory.capacity if self.apart else np.inf
         way = Path(bus * self.count, bus, found["link_latency"].parameter.value, capacity=room)
         return replace(machine, elsewhere=machine.elsewhere | {PLACE: there}, paths=machine.paths | {PLACE: way})

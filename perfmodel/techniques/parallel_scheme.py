@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 
 from perfmodel.errors import SpecError
 from perfmodel.machine import Machine
+from perfmodel.ops.attention import KERNELS
 from perfmodel.ops.collective import collective
 from perfmodel.ops.shard import Group, Parallelism, Shard
 from perfmodel.ops.traffic import Op
@@ -15,8 +16,6 @@ from perfmodel.schedule import Node, Par, Repeat, Seq
 from perfmodel.spec.model import Attention, Model
 from perfmodel.symbols import Num, maximum
 from perfmodel.techniques.base import Technique, knob
-
-_KERNELS = ("attention", "latent_attention")
 
 
 class ParallelScheme(Technique):
@@ -81,9 +80,11 @@ class ParallelScheme(Technique):
                 for item in node.items:
                     new = self._rebuilt(item, shard)
                     if isinstance(item, Op) and item.name.startswith(("ring_kv", "cp_gather")):
-                        at = max(i for i, x in enumerate(items) if isinstance(x, Op) and x.kind in _KERNELS)
-                        new = self._joined(items[at:], item, _group(item, shard))
-                        items = items[:at]
+                        kernels = [i for i, x in enumerate(items) if isinstance(x, Op) and x.kind in KERNELS]
+                        # Where all of a context is attended elsewhere, partial outputs are gathered as ever.
+                        if kernels:
+                            new = self._joined(items[kernels[-1] :], item, _group(item, shard))
+                            items = items[: kernels[-1]]
                     items.append(new)
                 return replace(node, items=tuple(items))
             case Op():

@@ -15,10 +15,10 @@ from perfmodel.techniques.base import Technique, knob
 class PhaseSplit(Technique):
     """Passes run on a share of the compute units, with the memory bandwidth that the other side leaves.
 
-    Rates of the units: min(units / knee, 1) of the device's; from a share `knee` on, more units do not help (Nexus,
-    arXiv:2507.06608; semi-PD, arXiv:2504.19867). Bandwidth: min(share, what so few units can draw), as Machine.part. Weights
-    and cache are stored once: both sides see the whole memory. How both sides settle their bandwidth under load, and
-    percentiles, are serving.split's; this is the view of one pass.
+    FLOP/s = min(units / knee, 1) of the device's; from a share `knee` on, more units do not help (Nexus,
+    arXiv:2507.06608; semi-PD, arXiv:2504.19867). Bytes/s = min(share, what so few units can draw), as Machine.part.
+    Weights and cache are stored once: both sides see the whole memory. How both sides settle their bandwidth under load,
+    and percentiles, are serving.split's; this is the view of one pass.
     """
 
     kind: ClassVar[str] = "phase-split"

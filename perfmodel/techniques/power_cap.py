@@ -16,11 +16,11 @@ class PowerCap(Technique):
     """Compute units run at a share f of their rated clock; the clocks of memory and links stay.
 
     Matrix, vector and special-function peaks, the row rate and the last-level cache scale with f; memory bandwidth falls
-    only where the units' loads no longer fill it (Machine.part). Power over the board's
-    rated power, as in perfmodel.cost: idle + dynamic(f) (active + compute x busy) + memory x busy, with
-    dynamic(f) = f V(f)^2 (CMOS) and V(f) = floor + (1 - floor) f. cap: share of the rated power, from which the clock follows
-    at the load `busy_compute`, `busy_memory`; oversubscription: further devices on the same budget, all busy at once, so
-    that each has cap / (1 + oversubscription) (POLCA, arXiv:2308.12908). Energy per token: perfmodel.cost.pass_energy.
+    only where the units' loads no longer fill it (Machine.part). Watts over the board's rated watts, as in
+    perfmodel.cost, = idle + dynamic(f) (active + compute x busy) + memory x busy, with dynamic(f) = f V(f)^2 (CMOS) and
+    V(f) = floor + (1 - floor) f. cap: share of the rated power, from which the clock follows at the load `busy_compute`,
+    `busy_memory`; oversubscription: further devices on the same budget, all busy at once, so that each has cap / (1 +
+    oversubscription) (POLCA, arXiv:2308.12908). Energy per token: perfmodel.cost.pass_energy.
     """
 
     kind: ClassVar[str] = "power-cap"

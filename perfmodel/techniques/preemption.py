@@ -20,10 +20,10 @@ from perfmodel.techniques.base import Draft, Quality, Round, Technique, knob
 class Preemption(Technique):
     """Each running sequence is preempted `rate` times per decode pass: n x rate events a step.
 
-    swap: its cached bytes go to `tier` and come back, in pieces of `piece` bytes; the share `kept` of them that the tier
-    still holds from before is not written again (FastSwitch, arXiv:2411.18424). migrate: they go to another instance
-    once, over the network (Llumnix, arXiv:2406.03243). recompute: the context is computed again. `overlap`: share of the
-    copying beside the pass: step = max(pass, overlapped) + the rest.
+    swap: its cached bytes go to `tier` and come back, in pieces of `piece` bytes that the host asks for every `issue` seconds
+    at most; the share `kept` of them that the tier still holds from before is not written again (FastSwitch,
+    arXiv:2411.18424). migrate: they go to another instance once, over the network (Llumnix, arXiv:2406.03243). recompute:
+    the context is computed again. `overlap`: share of the copying beside the pass: step = max(pass, overlapped) + the rest.
     """
 
     kind: ClassVar[str] = "preemption"
@@ -34,6 +34,7 @@ class Preemption(Technique):
     how: Literal["swap", "migrate", "recompute"] = knob("swap", "what becomes of the cache")
     rate: float = knob(0.0, "preemptions per sequence and decode pass", low=0, high=1)
     piece: float = knob(0.0, "bytes of one copy; 0: a layer at once", "byte", low=0, high=1e12)
+    issue: float = knob(0.0, "seconds the host takes to ask for one piece; 0: those of a launch", "s", low=0, high=1)
     kept: float = knob(0.0, "share of the cache that the tier still holds", low=0, high=1)
     overlap: float = knob(0.0, "share of the copying that runs beside the pass", low=0, high=1)
     tier: Literal["host", "drive", "remote"] = knob("host", "where a swapped cache goes")
@@ -59,7 +60,7 @@ class Preemption(Technique):
         for name, count in shard.model.block_counts().items():
             size = count * _held(shard, name, count, group.c)
             out, back = Traffic("kv", size * (1 - self.kept), 1, tier, "write"), Traffic("kv", size, 1, tier)
-            shape = {"page": self.piece if self.piece else size / count}
+            shape = {"page": self.piece if self.piece else size / count, "issue": self.issue}
             yield Op(f"preempt_{name}", "copy", {}, (out, read("kv", size * (1 - self.kept), 1)), shape, contextual=True)
             if self.how == "swap":
                 yield Op(f"resume_{name}", "copy", {}, (back, write("kv", size, 1)), shape, contextual=True)
@@ -81,5 +82,5 @@ def _held(shard: Shard, name: str, layers: Num, tokens: Num) -> Num:
     if mixer is None or mixer.kind not in ("attention", "latent"):
         return 0.0
     site = cache_site(mixer, name, shard.hidden, layers, shard.par, shard.formats)
-    cache = edited(shard.formats, site, tokens / shard.par.cp, owned=not getattr(mixer, "shares_kv", False))
+    cache = edited(shard.formats, site, tokens, owned=not getattr(mixer, "shares_kv", False))
     return sum((r.bytes for r in stored_cache(cache, site) if r.tier == "hbm"), start=0.0)

@@ -12,7 +12,7 @@ from perfmodel.kernels.elsewhere import Rates
 from perfmodel.machine import Machine
 from perfmodel.ops.shard import Load
 from perfmodel.symbols import Num, ceil, maximum, minimum
-from perfmodel.techniques.base import Quality, Request, Technique, knob
+from perfmodel.techniques.base import Quality, Request, Technique, finding, knob
 
 _CODEC = "prefix_codec"
 _WAYS = 8  # eighths of the found tokens that may be fetched rather than computed
@@ -74,6 +74,11 @@ class PrefixCache(Technique):
 
     def effects(self) -> Quality:
         return "lossy" if (0 < self.repair < 1 and self._found) or self.coded == "lossy" or self.answered else "exact"
+
+    def clash(self, other: Technique) -> str:
+        twice = self._found and other.kind == "session-cache" and finding((other,))
+        return super().clash(other) or ("both say which tokens of a prompt are cached; give shares of the whole prompt to one"
+                                        if twice else "")  # fmt: skip
 
     def machine(self, machine: Machine) -> Machine:
         if not self.codec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from functools import lru_cache
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import ValidationError
 
@@ -14,7 +14,7 @@ from perfmodel import catalog
 from perfmodel.errors import SpecError, UnknownName, did_you_mean
 from perfmodel.spec.technique import Preset
 from perfmodel.spec.yaml import parse
-from perfmodel.techniques.base import Technique
+from perfmodel.techniques.base import Technique, limits, words
 
 
 @lru_cache(maxsize=1)
@@ -74,11 +74,12 @@ def _pair(spec: str, part: str) -> tuple[str, Any]:
 
 
 def _preset(name: str) -> Preset:
-    known = catalog.names("techniques")
-    if name not in known and not name.endswith((".yaml", ".yml")):
-        everything = [*kinds(), *known]
-        raise UnknownName(f"unknown technique {name!r}{did_you_mean(name, everything)}; `perfmodel techniques` lists all")
-    return catalog.load_preset(name)
+    try:
+        return catalog.load_preset(name)
+    except UnknownName:
+        everything = [*kinds(), *catalog.names("techniques")]
+        hint = did_you_mean(name, everything)
+        raise UnknownName(f"unknown technique {name!r}{hint}; `perfmodel techniques` lists all") from None
 
 
 def _built(name: str, given: dict[str, Any]) -> Technique:
@@ -93,9 +94,19 @@ def _built(name: str, given: dict[str, Any]) -> Technique:
                 f"{name} has no parameter {key!r}{did_you_mean(key, list(cls.model_fields))}; "
                 f"it has {', '.join(cls.model_fields)}"
             ) from None
-        raise SpecError(f"{name}: {key + ' ' if key else ''}{_meaning(first)}") from None
+        raise SpecError(f"{name}: {_meaning(cls, first)}") from None
 
 
-def _meaning(error: Any) -> str:
-    text = str(error["msg"]).removeprefix("Value error, ")
-    return f"{text[0].lower()}{text[1:]}, got {error.get('input')!r}"
+def _meaning(cls: type[Technique], error: Any) -> str:
+    """What a parameter must be and what it was given; what parameters must be together."""
+    if not error["loc"]:
+        return str(error["msg"]).removeprefix("Value error, ")
+    name, given = str(error["loc"][0]), error.get("input")
+    field = cls.model_fields[name]
+    types = (field.annotation, *get_args(field.annotation))
+    number = "a number" if float in types else "a whole number" if int in types else ""
+    span = limits(field)
+    number += f" from {span.removeprefix('from ')}" if number and span else ""
+    choice = words(field.annotation)
+    wanted = " or ".join(x for x in (number, *(w or "nothing" for w in choice)) if x) or "text"
+    return f"{name} must be {wanted}, got {given!r}{did_you_mean(str(given), choice)}"

@@ -15,7 +15,7 @@ from perfmodel.ops.shard import Parallelism, Shard
 from perfmodel.ops.traffic import Op
 from perfmodel.schedule import Node, Par, Repeat, Seq, operators
 from perfmodel.spec.model import Model
-from perfmodel.techniques.base import Technique, knob
+from perfmodel.techniques.base import Technique, knob, require_cache
 
 _LENDERS = "lenders"
 _WAY = "lenders-link"
@@ -40,6 +40,7 @@ class RemoteAttention(Technique):
     latency: float | None = knob(None, "seconds of one message; none: the network's", "s", low=0, high=10)
 
     def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
+        require_cache(self.kind, model)
         if self.share and self.bandwidth is None and not machine.network:
             raise SpecError(f"remote-attention: {machine.name} has no network; give bandwidth and latency of the way to lenders")
 

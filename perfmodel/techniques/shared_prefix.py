@@ -15,10 +15,10 @@ from perfmodel.symbols import Num, minimum
 from perfmodel.techniques.base import Companion, Draft, Quality, Round, Technique, knob
 
 
-def shared(run: Run, tokens: Num, sharers: float, *, together: bool) -> Run:
+def shared(run: Run, tokens: Num, sharers: float, *, together: bool, piece: float = 0.0) -> Run:
     """The oldest `tokens` of a run shared by that many sequences, beyond what they share already."""
     first, rest = split_oldest(run.segments, tokens)
-    mine = [s if _more(s, sharers) else replace(s, sharers=sharers, together=together) for s in first]
+    mine = [s if _more(s, sharers) else replace(s, sharers=sharers, together=together, piece=piece) for s in first]
     return replace(run, segments=(*mine, *rest))
 
 
@@ -32,11 +32,14 @@ class SharedPrefix(Technique):
     Stored = n (T - P) + (n / g) P tokens. With `together` a kernel of its own attends the prefix with the g queries at
     once, reading (n / g) P instead of n P, and the partial outputs are merged (ChunkAttention, arXiv:2402.15220; Hydragen,
     arXiv:2402.05099; FlashInfer's composable formats, arXiv:2501.01005). Without, only storage is shared (block tables of
-    vLLM, arXiv:2309.06180; SGLang's radix tree, arXiv:2312.07104). Its prefill is a matter of prefix-cache.
+    vLLM, arXiv:2309.06180; SGLang's radix tree, arXiv:2312.07104). With a `chunk` every so many tokens are a work item of
+    their own, whose partial output goes to memory and is read by the merge (ChunkAttention, section 3.2). Its prefill is a
+    matter of prefix-cache.
     """
 
     kind: ClassVar[str] = "shared-prefix"
     reference: ClassVar[str] = "arXiv:2402.15220"
+    repeats: ClassVar[bool] = True
     quality: ClassVar[Quality] = "exact"
     # Which tokens are shared is said of the sequence as it came, before any are dropped.
     cache_turn: ClassVar[int] = -3
@@ -44,12 +47,14 @@ class SharedPrefix(Technique):
     tokens: int = knob(0, "tokens at the beginning of every sequence of a group", "token", low=0, high=10_000_000)
     group: float = knob(1.0, "sequences that share them (no more than the batch)", low=1, high=1e6)
     together: bool = knob(True, "attention reads them once for the group; false: stored once, read by each")
+    chunk: int = knob(0, "tokens that one block of threads attends; 0: as the kernel splits", "token", low=0, high=65536)
 
     def cache(self, cache: Cache, site: Site) -> Cache:
         if not self.tokens or self.group == 1:
             return cache
         # Where older tokens were dropped, they came out of the prefix first.
-        return cache.each(lambda run: shared(run, minimum(self.tokens, cache.total), self.group, together=self.together))
+        tokens = minimum(self.tokens, cache.total)
+        return cache.each(lambda run: shared(run, tokens, self.group, together=self.together, piece=self.chunk))
 
 
 class TreeSearch(Technique):

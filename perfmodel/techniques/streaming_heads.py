@@ -19,10 +19,11 @@ from perfmodel.techniques.matrices import fullest_share, seen_share
 class StreamingHeads(Technique):
     """A share of KV heads stores and reads min(T, sinks + recent + extra + kept x T) tokens.
 
-    Heads are whole: of H heads round(share x H) stream, and the rank with most full heads sets time and memory under tensor
-    parallelism. With `prefill` a query of a streaming head meets no more keys than that. RazorAttention
-    (arXiv:2407.15891: one compensation token, extra 1), DuoAttention (arXiv:2410.10819), LServe (arXiv:2502.14866), FastGen
-    (arXiv:2310.01801: special tokens, kept), S2-attention (arXiv:2407.17678: strided shards, kept 1/stride).
+    Tokens per head = (1 - s) T + s min(T, ...), s the share. Heads are whole: of H heads round(share x H) stream, and the
+    rank with most full heads sets time and memory under tensor parallelism. With `prefill` a query of a streaming head
+    meets no more keys than that. RazorAttention (arXiv:2407.15891: one compensation token, extra 1), DuoAttention
+    (arXiv:2410.10819), LServe (arXiv:2502.14866), FastGen (arXiv:2310.01801: special tokens, kept), S2-attention
+    (arXiv:2407.17678: strided shards, kept 1/stride).
     """
 
     kind: ClassVar[str] = "streaming-heads"

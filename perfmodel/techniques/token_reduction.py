@@ -28,6 +28,7 @@ class TokenReduction(Technique):
 
     kind: ClassVar[str] = "token-reduction"
     reference: ClassVar[str] = "arXiv:2403.06764"
+    repeats: ClassVar[bool] = True
     # Its positions are those of the prompt, before evictions.
     cache_turn: ClassVar[int] = -2
 

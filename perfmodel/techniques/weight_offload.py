@@ -19,10 +19,11 @@ from perfmodel.techniques.kv_offload import require_path
 class WeightOffload(Technique):
     """A share of each layer's weights lies in a farther tier and is copied to the device once per pass.
 
-    A layer takes max(its own work, share x bytes / path rate) where it is fetched `ahead`, else their sum; the device has
-    room for `window` layers. Experts stream whole, whichever tokens reach (MoE-Lens, arXiv:2504.09345). `block`: the
-    batch is worked off in so many parts that share one load of a layer (FlexGen's block schedule, arXiv:2303.06865), each
-    of which reads the layer from device memory again. ZeRO-Inference (arXiv:2207.00032), TPI-LLM (arXiv:2410.00531).
+    Seconds of a layer = max(its own work, share x bytes / path rate) where it is fetched `ahead`, else the sum; the
+    device has room for `window` layers. Experts stream whole, whichever tokens reach (MoE-Lens, arXiv:2504.09345).
+    `block`: the batch is worked off in so many parts that share one load of a layer (FlexGen's block schedule,
+    arXiv:2303.06865), each of which reads the layer from device memory again. `swapped`: the system pages memory that no
+    file backs, so what comes in first pushes as much out. ZeRO-Inference (arXiv:2207.00032), TPI-LLM (arXiv:2410.00531).
     """
 
     kind: ClassVar[str] = "weight-offload"
@@ -42,6 +43,7 @@ class WeightOffload(Technique):
     tier: str = knob("host", "where they lie: host, drive, remote, or a path the machine was given")
     ahead: bool = knob(True, "fetched while other layers compute")
     window: int = knob(2, "layers the device has room for beside what stays", "layer", low=1, high=1000)
+    swapped: float = knob(0.0, "bytes written out for each byte fetched: 0 files, 1 memory that the system swaps", low=0, high=1)
     block: int = knob(1, "parts of the batch that share one load of a layer", "1", low=1, high=4096)
 
     def _share(self, name: str, tensor: str) -> float:
@@ -61,8 +63,16 @@ class WeightOffload(Technique):
             return ops
         ops = [again(op, self.block) for op in ops] if self.block > 1 else ops
         # One copy a layer, of weights at their mean width.
-        return [copy("weight_stream", self.tier, streamed, size / streamed, tensor="weights", aside=self.ahead,
-                     contextual=False), *ops]  # fmt: skip
+        return [*self._fetch("weight", streamed, size / streamed, aside=self.ahead), *ops]
+
+    def _fetch(self, name: str, elements: Num, width: Num, *, aside: bool) -> list[Op]:
+        """Weights on their way to the device, after those that make room for them."""
+        def moved(verb: str, share: float, direction: str) -> Op:
+            return copy(f"{name}_{verb}", self.tier, elements * share, width, tensor="weights", aside=aside, contextual=False,
+                        direction=direction)  # fmt: skip
+
+        out = [moved("swap", self.swapped, "write")] if self.swapped else []
+        return [*out, moved("stream", 1.0, "read")]
 
     def whole(self, items: list[Node], shard: Shard) -> list[Node]:
         return [self._outer(item) for item in items] if self.outer else items
@@ -73,11 +83,11 @@ class WeightOffload(Technique):
         moved = [t for op, _, _ in operators(item) for t in op.traffic if t.tensor == "weights" and t.path == "hbm"]
         elements = sum((t.elements for t in moved), start=0.0) * self.outer
         width = max((t.width for t in moved), default=1.0)
-        stream = copy(f"{item.name}_stream", self.tier, elements, width, tensor="weights", contextual=False)
+        stream = self._fetch(item.name, elements, width, aside=False)
         if self.ahead and item.name == "head":
-            return Par((item, stream), name=item.name)
+            return Par((item, Seq(tuple(stream)) if len(stream) > 1 else stream[0]), name=item.name)
         # The rows of the table are known with the tokens only.
-        return Seq((stream, item), item.name)
+        return Seq((*stream, item), item.name)
 
     def stored(self, stored: list[Residency], model: Model, par: Parallelism) -> list[Residency]:
         found = []

@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from perfmodel import catalog
+from perfmodel.kernels.transfer import host_copy_seconds
+from perfmodel.machine import from_device, from_node, machine
 from perfmodel.spec import yaml
 from perfmodel.spec.hardware import Device, Network, Node
 
@@ -117,6 +119,48 @@ def test_a_host_link_is_not_faster_than_the_card_or_the_technology(node):
     assert node.devices.count % node.pcie.devices_per_switch == 0
     assert node.devices.count % node.pcie.devices_per_root_complex == 0
     assert node.pcie.devices_per_switch <= node.pcie.devices_per_root_complex
+
+
+LANES = {"pcie3-x16": (16, 8e9), "pcie4-x16": (16, 16e9), "pcie5-x16": (16, 32e9)}
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "slot"),
+    [
+        ("rtx-a6000-edge-1", "pcie4-x16", "pcie3-x16"),
+        ("h100-pcie-8", "pcie5-x16", "pcie4-x16"),
+        ("rtx-3090-workstation-1", "pcie4-x16", "pcie4-x16"),
+        ("hgx-h100-8", "pcie5-x16", "pcie5-x16"),
+    ],
+)
+def test_the_host_link_is_at_most_the_nodes_slot(name, card, slot):
+    """Lanes x transfers/s x 128/130 / 8 bytes/s of the slower of card and slot; alone, the card's own."""
+
+    def by_hand(technology):
+        lanes, transfers = LANES[technology]
+        return lanes * transfers * 128 / 130 / 8
+
+    node = catalog.load_node(name)
+    device = catalog.load_device(node.devices.device)
+    assert (device.links["host"].technology, node.pcie.technology) == (card, slot)
+    assert machine(name).host_link == pytest.approx(min(by_hand(card), by_hand(slot)), rel=1e-3)
+    assert from_device(device, None).host_link == pytest.approx(by_hand(card), rel=1e-3)
+
+
+def test_a_slot_faster_than_the_card_gives_nothing_and_no_port_is_no_link():
+    node = catalog.load_node("rtx-a6000-edge-1")
+    faster = node.model_copy(update={"pcie": node.pcie.model_copy(update={"bandwidth": 63 * GB})})
+    without = node.model_copy(update={"pcie": None})
+    assert from_node(faster).host_link == from_node(without).host_link == pytest.approx(31.5 * GB, rel=1e-3)
+    assert machine("edge-orin").host_link == 0
+
+
+def test_a_copy_takes_twice_as_long_through_a_slot_of_half_the_rate():
+    """1 GB is 63.5 ms at 15.75 GB/s and 31.7 ms at 31.5, before what the link achieves."""
+    size, m = 1e9, machine("rtx-a6000-edge-1")
+    through, alone = (host_copy_seconds(x, size) - host_copy_seconds(x, 0) for x in (m, from_device(m.device, None)))
+    assert through == pytest.approx(2 * alone, rel=1e-3)
+    assert through > size / (15.76 * GB)
 
 
 @each_node

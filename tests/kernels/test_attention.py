@@ -108,6 +108,25 @@ def test_group_beyond_the_largest_is_served_head_by_head() -> None:
     assert few < many / 30
 
 
+def test_query_heads_of_other_groups_go_one_by_one_on_the_vector_units() -> None:
+    """Four heads of 100 sequences are 400 items on 100 units, half an item more than an even share: 1.125 x the vector time
+    of 2 x 2 x 128 FLOP and 3 operations of unpacking per key, value pair and head; a group of the packed size is as ever."""
+    m = replace(device(decode_chunk=1e12), vector=50e12)
+    op = core(Group(100, 1, 1279), 4, 1)
+    op = replace(op, shape={**op.shape, "unpack": 3.0 * 100 * 1280 * 256})
+    alone, packed = (replace(op, shape={**op.shape, "packs": p}) for p in (8.0, 4.0))
+    twice = replace(alone, flops={**op.flops, "bf16": 2 * op.flops["bf16"]}, shape={**alone.shape, "unpack": 2 * op.shape["unpack"]})
+    more = float(attention(twice, m).vector - attention(alone, m).vector)
+    assert more == pytest.approx(1.125 * 4 * (2 + 3) * 256 * 1280 * 100 / 50e12)
+    assert products(alone, m) == 0
+    assert attention(packed, m) == attention(op, m)
+
+
+def test_prefill_is_packed_whatever_the_group() -> None:
+    op = core(Group(4, 512, 0), 8, 2)
+    assert attention(replace(op, shape={**op.shape, "packs": 8.0}), device()).compute == attention(op, device()).compute
+
+
 def test_few_long_contexts_are_split_over_the_units() -> None:
     """One sequence of one head: 5 chunks of 256 keys load with 5 of 100 units, 200 chunks with all of them."""
     m = device()

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-KINDS = ("hardware", "models", "papers", "reports")
+from perfmodel.catalog import KINDS
 
 
 def files_under(folder: Path) -> set[str]:
@@ -87,13 +87,19 @@ def test_help(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
     assert "plan" in done.stdout
 
 
-@pytest.mark.parametrize(("kind", "name"), [("hardware", "h100-sxm"), ("models", "llama-3.1-8b")])
+@pytest.mark.parametrize(("kind", "name"), [("hardware", "h100-sxm"), ("models", "llama-3.1-8b"), ("techniques", "kivi-2bit")])
 def test_show(command: Callable[..., subprocess.CompletedProcess[str]], kind: str, name: str) -> None:
     done = command(kind, "show", name, "--json")
     assert done.returncode == 0, done.stderr
     shown = json.loads(done.stdout)
     assert isinstance(shown, dict)
     assert shown["name"] == name
+
+
+def test_a_paper_runs(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    done = command("papers", "run", "kivi", "--json")
+    assert done.returncode == 0, done.stderr
+    assert all(claim["predicted"] > 1 for claim in json.loads(done.stdout)["claims"])
 
 
 def test_bad_input_is_exit_code_two_and_no_traceback(command: Callable[..., subprocess.CompletedProcess[str]]) -> None:

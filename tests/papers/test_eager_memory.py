@@ -21,7 +21,8 @@ def test_logits_of_every_prompt_position_bind_short_answers() -> None:
     m = _measured(batch=2, input=16384, output=1)
     # 2 x 16,384 x 32,000 logits of 2 + 4 bytes beside 512 KiB a token of keys and values.
     assert m.eager_memory == pytest.approx(m.weights + 2 * 16384 * (32000 * 6 + 2**19))
-    assert m.prompt_scores == pytest.approx(2 * 32 * 16384**2 * 6)
+    # Softmax upcasts: 2 bytes in, 4 out, 2 of the copy cast back.
+    assert m.prompt_scores == pytest.approx(2 * 32 * 16384**2 * 8)
 
 
 def test_long_answers_bind_by_their_own_cache() -> None:
@@ -34,3 +35,7 @@ def test_longest_eager_prompt_by_hand() -> None:
     free = m.capacity - m.weights - 536.9e6
     assert m.eager_context == pytest.approx(free / (2**19 + 32000 * 6), rel=0.01)
     assert m.prompt_activations == pytest.approx(2 * (5 * 4096 + 3 * 11008))
+
+
+def test_two_prompts_together_are_half_as_long() -> None:
+    assert _measured(batch=2).eager_context == pytest.approx(_measured().eager_context / 2, rel=0.001)

@@ -11,6 +11,7 @@ import yaml
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.papers.run import Runner, load, pair, run, score
+from perfmodel.papers.setting import resolve
 from perfmodel.spec.paper import Paper
 
 PLAIN: dict[str, Any] = {
@@ -66,6 +67,16 @@ def test_more_bits_predict_less() -> None:
     assert predicted(16) == pytest.approx(1.0)
 
 
+def test_a_sweep_over_an_assumed_range_reproduces_nothing() -> None:
+    def verdict(origin: str) -> str | None:
+        given = {"value": 2000, "from": origin} | ({"reason": "a guess", "range": [1500, 2500]} if origin == "assumed" else {})
+        swept = {**PLAIN["claims"][0], "sweep": {"input": [1000, 2000, 4000]}, "reach": "up-to", "claimed": 1.6}
+        return run(paper(parameters={**PLAIN["parameters"], "input": given}, claims=[swept]))[0].verdict
+
+    assert verdict("abstract") == "reproduced"
+    assert verdict("assumed") == "consistent"
+
+
 def test_an_assumption_that_decides_makes_a_verdict_consistent() -> None:
     assert run(paper())[0].predicted is not None
     at = run(paper())[0].predicted
@@ -102,6 +113,17 @@ def test_tokens_that_techniques_find_are_not_computed_under_load_either() -> Non
         # All but the last token of 2000: the same as a stated prefix of 1999.
         assert runner.value("found.saturation", {}) == pytest.approx(runner.value("stated.saturation", {}), rel=0.02)
         assert runner.value("found.saturation", {}) > 1.2 * runner.value("full.saturation", {})
+
+
+def test_mean_first_token_is_that_of_a_queue_with_one_server() -> None:
+    """Prompts alone, all alike: M/D/1, S + u S / 2 (1 - u); those that wait together end together, at most a pass later."""
+    settings = {"queue": {"model": "=model", "hardware": "=device", "system": "vllm-0.2", "input": "=input", "output": 1, "rate": "=rate"}}
+    rate = {"value": 1, "unit": "1/s", "from": "abstract"}
+    runner = Runner(paper(settings=settings, parameters=PLAIN["parameters"] | {"rate": rate}, claims=[]))
+    alone = runner.value("queue.mean_ttft", {"rate": 1e-4})
+    for busy in (0.3, 0.6, 0.8):
+        by_hand = alone * (1 + busy / 2 / (1 - busy))
+        assert by_hand <= runner.value("queue.mean_ttft", {"rate": busy / alone}) <= by_hand + busy * alone
 
 
 def test_a_sweep_takes_the_best_for_an_up_to() -> None:
@@ -150,3 +172,15 @@ def test_a_wrong_file_is_one_error_with_its_place(tmp_path: Path, change: dict[s
         load(path)
     assert caught.value.file == path
     assert caught.value.line
+
+
+def test_a_setting_adds_to_the_technique_of_its_system() -> None:
+    paper = Paper.model_validate({
+        "id": "p", "title": "P", "family": "f", "relation": "core", "mechanism": "m",
+        "settings": {"a": {"model": "llama-2-7b", "hardware": "a100-sxm-80gb", "system": "hf-flash-2024",
+                           "techniques": [{"kind": "kernel-launch", "launches": "graph"}, {"kind": "attention-kernel", "repeated": True}]}},
+    })  # fmt: skip
+    assert resolve(paper, "a", {}).techniques == (
+        {"kind": "kernel-launch", "elementwise": 6, "modules": True, "launches": "graph", "issue": 1.2e-5},
+        {"kind": "attention-kernel", "copies": 1, "repeated": True},
+    )

@@ -63,6 +63,7 @@ def test_what_a_verdict_rests_on_decides_its_name() -> None:
     assert judge(c, Evidence((2.0,)))[0] == "reproduced"
     assert judge(c, Evidence((2.0,), ((1.9,), (2.2,)), assumed=("x",)))[0] == "reproduced"
     assert judge(c, Evidence((2.0,), ((1.9,), (3.2,)), assumed=("x",)))[0] == "consistent"
+    assert judge(c, Evidence((2.0,), swept=("x",)))[0] == "consistent"
     assert judge(c, Evidence((2.0,), measured=True))[0] == "derived"
 
 

@@ -219,3 +219,34 @@ def test_the_rate_of_a_bursty_column_is_the_highest_that_replay_keeps(by_buckets
     if len(p.pools) == 1 and len(by_buckets[1].data["rounds"]) == 1:
         assert 1 / fewest - 1e-9 <= column.state.rate / s.workload.rate <= 1 / max(fewest - 1, 0.5)
     assert busy(by_buckets[1]) > 0
+
+
+def rates(found: search.Found) -> dict[Any, float]:
+    return {k: c.state.rate for s in found.fleet.services for e in s.found.values() for k, c in e.columns.items()}
+
+
+def pessimistic(planned: PlanRun, factor: float, *, measured: bool) -> search.Found:
+    """The search of a plan's own question, its columns lowered first by a factor, as closed forms that promise too little."""
+    fleet = planned.plans[0].fleet.with_()
+    for s in fleet.services:
+        for c in [c for e in s.found.values() for c in e.columns.values()]:
+            s.tighten(c, factor)
+    return search.search(fleet, measured=measured)
+
+
+def test_rates_measured_by_replay_find_what_timid_closed_forms_miss(tmp_path: Path) -> None:
+    planned = ask(tmp_path, rate="200 /s")
+    timid, measured = (pessimistic(planned, 0.5, measured=m) for m in (False, True))
+    assert timid.objective > 1.5 * cost(planned)
+    assert measured.objective <= 1.1 * cost(planned)
+    assert not measured.rounds[-1]["missed"]
+    assert "replay carries more" in measured.heuristic
+    assert not timid.heuristic
+
+
+def test_a_plan_that_measured_rates_do_not_improve_stays_as_it_was(tmp_path: Path) -> None:
+    planned = ask(tmp_path, rate="10 /s")  # one node, which no rates can halve
+    before, after = (pessimistic(planned, 1.0, measured=m) for m in (False, True))
+    assert after.objective == before.objective
+    assert rates(after) == rates(before)
+    assert not after.heuristic

@@ -36,6 +36,20 @@ def test_merged_elementwise_operators_are_no_launches() -> None:
     assert _launches(plain) - _launches(fused) == 16 * 4
 
 
+def test_modules_of_transformers_are_counted_by_hand() -> None:
+    """Of a Llama layer 2 x 9 of sums and norms, 3 + 1 + 2 + 1 products, 14 of rotary and append, 2 of the activation."""
+    plain, modules = _with(), _with("kernel-launch:modules=true")
+    attention = sum(t * op.launches for op, t, _ in operators(plain.lower(decode(1, 1024)).schedule) if op.name == "attention")
+    rest = _launches(plain) - 16 * 8 - attention  # outside the layers, which have two norms, four products, rotary, activation
+    assert _launches(modules) == 16 * (18 + 7 + 14 + 2) + attention + rest
+    # RMSNorm: 4 + 4, 4 + 4, 4 + 4, 4 + 2, 2 + 2 bytes and 4 read for the mean, 2 + 2 + 2 of the sum, over 8 of a fused kernel.
+    moved = [
+        sum(float(t.bytes) for t in op.traffic if t.tensor == "activations")
+        for e in (plain, modules) for op, _, _ in operators(e.lower(decode(64, 1024)).schedule) if op.name == "input_norm"
+    ]  # fmt: skip
+    assert moved[1] / moved[0] == pytest.approx((2 + 4 + 4 + 4 + 4 + 4 + 4 + 4 + 2 + 2 + 2 + 6) / 8)
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0, 4), st.floats(0.01, 4))
 def test_more_kernels_take_longer(fewer: float, more: float) -> None:
@@ -84,3 +98,12 @@ def test_fusion_and_kv_quantization_commute() -> None:
     one = _with("kernel-launch:elementwise=0", "kv-quantization:bits=4")
     other = _with("kv-quantization:bits=4", "kernel-launch:elementwise=0")
     assert one.decode(8, 4096) == other.decode(8, 4096)
+
+
+def test_a_pipeline_reads_at_the_rate_long_reads_reach() -> None:
+    flow = _with("kernel-launch:dataflow=true")
+    m = flow.machine
+    layer = [c for c in operators(flow.lower(decode(1, 64)).schedule) if c[0].name == "down_proj"]
+    op, _, _ = layer[0]
+    # 2048 x 8192 weights in bf16, and nothing else of size: no ramp, no tiles.
+    assert roofline.op_cost(op, m).busy["hbm"] == pytest.approx(2048 * 8192 * 2 / (m.bandwidth * m.bandwidth_efficiency), rel=1e-3)

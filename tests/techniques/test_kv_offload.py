@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.graph import cache_residency, decode, prefill
+from perfmodel.kernels.elsewhere import rates
 from perfmodel.ops.shard import Parallelism
 from perfmodel.schedule import operators
 
@@ -160,3 +161,11 @@ def test_bad_tiers_say_what_there_is():
         built("kv-offload:tier=tape")
     with pytest.raises(SpecError, match="caches no keys"):
         Estimator("mamba2-2.7b", DEVICE, techniques=["kv-offload"])
+
+
+def test_scattered_rows_are_packed_at_the_rate_of_host_memory() -> None:
+    # Three bytes of traffic for each byte fetched, on the eighth of the host that one of eight GPUs has.
+    plain, packed = (built(f"kv-offload:ahead=0{more}", model="opt-13b", device="dgx-1-v100-8") for more in ("", ",packed=3"))
+    size = 8 * 512 * 2 * 40 * 5120 * 2
+    host = rates("cpu", plain.machine)
+    assert packed.decode(8, 513) - plain.decode(8, 513) == pytest.approx(3 * size / host.bandwidth + 40 * host.latency, rel=0.01)

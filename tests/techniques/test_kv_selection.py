@@ -86,6 +86,9 @@ def test_prefill_blocks_against_a_count() -> None:
     assert kernel(e, prefill(1, 8192)).shape["pairs"] == pytest.approx(met)
     routing = named(e, prefill(1, 8192), "prefill_routing")
     assert routing.flops["bf16"] == pytest.approx(32 * 8192 * 8193 / 2 / 128 * 256)
+    slow = named(estimator("kv-selection:prefill_budget=2048,prefill_page=128,prefill_choice=43"), prefill(1, 8192), "prefill_routing")
+    # Per score of a head 43 operations of its top-k instead of 4.
+    assert slow.flops["vector"] - routing.flops["vector"] == pytest.approx(39 * 32 * 8192 * 8193 / 2 / 128)
     assert e.decode(4, 30_000) == pytest.approx(estimator().decode(4, 30_000))
 
 

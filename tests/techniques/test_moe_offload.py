@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.graph import decode, weight_residency
+from perfmodel.kernels.elsewhere import rates
+from perfmodel.machine import machine
 from perfmodel.schedule import operators
 
 # Mixtral-8x7B: one expert has 3 x 4,096 x 14,336 = 176,160,768 elements, 352.3 MB; 8 in each of 32 layers, 2 for a token.
@@ -137,3 +139,12 @@ def test_what_cannot_be():
         built("moe-offload:cpu=2.5")
     with pytest.raises(SpecError, match="cannot be combined"):
         built("moe-offload", "weight-offload")
+
+
+def test_few_bits_are_multiplied_as_integers_on_a_cpu_that_can():
+    # Xeon Platinum 8380: 256 INT8 against 64 FP32 operations per core and clock, so four times the rate.
+    there = rates("cpu", machine("a40-xeon-1"))
+    assert there.rate(1, 0.56) == pytest.approx(4 * there.rate(1, 2.0), rel=0.01)
+    # EPYC 7742 has no such instruction in the catalogue: the general rate.
+    plain = rates("cpu", machine("rtx-a6000-workstation-1"))
+    assert plain.rate(1, 0.56) == plain.rate(1, 2.0)

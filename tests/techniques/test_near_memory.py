@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from perfmodel import roofline
+from perfmodel.cost import pass_energy
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
-from perfmodel.graph import decode
+from perfmodel.graph import decode, prefill
 from perfmodel.schedule import operators
 
 LAYERS = 6_979_321_856  # weights of the 32 layers of Llama-3.1-8B that are multiplied: 32 x (41,943,040 + 3 x 4,096 x 14,336)
@@ -74,3 +75,18 @@ def test_weights_that_lie_apart_leave_the_device():
         built("near-memory:apart=true")
     with pytest.raises(SpecError, match="gddr6-aim"):
         built("near-memory:module=nvme-gen4")
+
+
+def test_energy_of_arrays_by_hand():
+    # Llama-2-7B: 32 x (4 x 4,096^2 + 3 x 4,096 x 11,008) = 6,476,005,376 weights of a layer's products, 2 bytes and one
+    # multiply-accumulate each: 12.952 GB x 10 pJ + 6.476e9 x 1 pJ = 0.12952 + 0.00648 = 0.13600 J
+    base = "near-memory:place=weights,count=8"
+    plain, e = (Estimator("llama-2-7b", "a100-sxm-80gb", techniques=[t]) for t in (base, f"{base},byte_energy=1e-11,mac_energy=1e-12"))
+    assert e.decode(1, 512) == plain.decode(1, 512)
+    joules = [pass_energy(x, decode(1, 511), 0.01) for x in (plain, e)]
+    assert joules[1] - joules[0] == pytest.approx(0.13600, rel=1e-3)
+    # two vectors at a time read the arrays twice
+    two = [pass_energy(x, decode(2, 511), 0.01) for x in (plain, e)]
+    assert two[1] - two[0] == pytest.approx(2 * 0.13600, rel=1e-3)
+    # prefill stays on the device
+    assert pass_energy(e, prefill(1, 64), 0.01) == pass_energy(plain, prefill(1, 64), 0.01)

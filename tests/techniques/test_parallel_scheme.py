@@ -9,7 +9,7 @@ import pytest
 from perfmodel.collectives import path
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
-from perfmodel.graph import Phase
+from perfmodel.graph import Phase, decode
 from perfmodel.ops.shard import Group
 from perfmodel.ops.traffic import Op
 from perfmodel.schedule import operators
@@ -110,3 +110,12 @@ def test_what_is_not_divided_is_refused() -> None:
         _with("parallel-scheme:all_reduce=star")
     with pytest.raises(SpecError, match="heads"):
         Estimator("llama-3.2-3b", "h100-sxm", cp=5, techniques=["parallel-scheme:prefill=ulysses"])
+
+
+def test_a_context_attended_elsewhere_is_still_gathered() -> None:
+    for texts in (("in-storage-attention",), ("in-storage-attention", "parallel-scheme:decode=tree")):
+        e = Estimator("llama-3-8b", "hgx-h100-8", tp=2, cp=2, techniques=texts)
+        names = [op.name for op, _, _ in operators(e.lower(decode(8, 4096)).schedule)]
+        assert "cp_gather" in names
+        assert not any(name == "attention" for name in names)
+        assert e.decode(8, 4096) > 0

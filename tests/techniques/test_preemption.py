@@ -41,6 +41,10 @@ def test_small_pieces_cost_a_launch_each() -> None:
     by_hand = copies * float(e.machine.kernel_latency)
     assert e.decode(32, 2000) - PLAIN.decode(32, 2000) == pytest.approx(by_hand, rel=1e-6)
     assert built("preemption:rate=0.002").decode(32, 2000) < e.decode(32, 2000)
+    # A host that needs 5 us to ask for a piece is slower than the launches; one that needs less is not faster.
+    slow = built("preemption:rate=0.002,piece=32768,issue=5e-6")
+    assert slow.decode(32, 2000) - PLAIN.decode(32, 2000) == pytest.approx(copies * 5e-6, rel=1e-6)
+    assert built("preemption:rate=0.002,piece=32768,issue=1e-7").decode(32, 2000) == e.decode(32, 2000)
 
 
 def test_overlap_hides_what_a_step_can() -> None:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plan_files import ask
 
+import perfmodel
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
+from perfmodel.serving.batching import serving_summary
+from perfmodel.serving.replay.deploy import deploy
+from perfmodel.serving.requests import Requests
+from perfmodel.spec.deployment import Deployment, PoolSpec
 from perfmodel.techniques.base import Request
 from perfmodel.techniques.registry import technique
 
@@ -151,3 +159,40 @@ def test_estimates_know_of_the_cache() -> None:
 def test_shares_beyond_the_prompt_are_refused() -> None:
     with pytest.raises(SpecError, match=r"add up to 1\.2"):
         technique("prefix-cache:device=0.6,host=0.6")
+
+
+HIT = "prefix-cache:device=0.5"
+
+
+def test_hits_are_not_counted_twice() -> None:
+    with pytest.raises(SpecError, match="--prefix and prefix-cache both"):
+        perfmodel.estimate(MODEL, NODE, isl=2000, prefix=1000, techniques=[HIT])
+    with pytest.raises(SpecError, match="prefix-cache and session-cache cannot be combined"):
+        Estimator(MODEL, NODE, techniques=[HIT, "session-cache:turn=10,device=0.5"])
+    for caching in (True, False):
+        pool = {"hardware": NODE, "replicas": 1, "techniques": (HIT,)}
+        d = Deployment(model=MODEL, pools=(PoolSpec(**pool),), prefix_caching=caching)
+        one = Requests(np.zeros(1), np.array([2000]), np.array([10]))
+        with pytest.raises(SpecError, match="prefix_caching: true.*leave prefix-cache out"):
+            deploy(d, one)
+
+
+def test_a_plan_finds_prefixes_itself(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"choices.techniques.0.*prefix_caching: true.*leave session-cache out"):
+        ask(tmp_path, choices={"tp": [1], "techniques": ["session-cache:turn=10,device=0.5"], "allow": ["session-cache"]})
+
+
+def test_a_loaded_instance_computes_what_is_not_found() -> None:
+    plain, found = (serving_summary(e, 4000, 20, rate=4.0, concurrency=None, ttft=None, tpot=None) for e in (PLAIN, built(HIT)))
+    # half of the prompt is computed, at more than half of the cost since it attends all of it
+    assert 0.4 < found["prefill_utilisation"] / plain["prefill_utilisation"] < 0.75
+
+
+def test_answered_requests_do_not_reach_the_model() -> None:
+    given = {"concurrency": None, "ttft": None, "tpot": None}
+    # 8 a second of which half is answered elsewhere load the model as 4 a second
+    half = serving_summary(built("prefix-cache:answered=0.5"), 1000, 50, rate=8.0, **given)
+    plain = serving_summary(PLAIN, 1000, 50, rate=4.0, **given)
+    assert half["rate_per_s"] == 8.0
+    for name in ("decode_batch", "prefill_utilisation", "output_tokens_per_s"):
+        assert half[name] == pytest.approx(plain[name])

@@ -62,3 +62,14 @@ def test_slower_links_and_staging() -> None:
     assert plain < staged == pytest.approx(_with("secure-transfer:peers=staged", tp=4).prefill(1, 8192))
     # An all-reduce needs one hop at least, 65 a step.
     assert late.decode(1, 1024) > _with(tp=4).decode(1, 1024) + 65 * 1e-4
+
+
+def test_a_slower_drive_takes_as_much_longer() -> None:
+    # All 32 layers, 13.96 GB, come from a drive of 6.5 GB/s, on which nothing is hidden; at a quarter of its rate they take four times as long.
+    def step(*more: str) -> float:
+        e = Estimator("llama-3.1-8b", "rtx-4090-workstation-1", techniques=["weight-offload:tier=drive,ahead=false", *more])
+        return float(e.decode(1, 64))
+
+    plain = float(Estimator("llama-3.1-8b", "rtx-4090-workstation-1").decode(1, 64))
+    assert step("network-overhead:drive=0.25") - plain == pytest.approx(4 * (step() - plain), rel=0.02)
+    assert step() - plain == pytest.approx(2 * 6_979_321_856 / 6.5e9, rel=0.1)

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from perfmodel import roofline
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.ops.traffic import Op
@@ -53,6 +54,23 @@ def test_queries_over_the_prefix_form_a_matrix() -> None:
     # All pairs are still computed, 4 x 32 heads x 128 FLOPs each, and two FP32 outputs of each query are merged.
     assert prefix.flops["bf16"] + own.flops["bf16"] == pytest.approx(64 * 6000 * 4 * 32 * 128)
     assert merge.bytes() == pytest.approx(3 * 64 * 32 * 128 * 4)
+
+
+def test_pieces_of_a_prefix_leave_partial_outputs() -> None:
+    """4096 tokens in chunks of 64: 64 partial outputs of 64 x 32 x 128 FP32 elements, written, read and joined with the rest."""
+    whole, cut = (
+        {op.name: op for op in layer_ops(built(f"shared-prefix:tokens=4096,group=16{more}"), 64, 6000)} for more in ("", ",chunk=64")
+    )
+    outputs = 64 * 32 * 128 * 4
+    assert cut["merge_0"].bytes() == pytest.approx((64 + 65) * outputs)
+    assert cut["shared_attention_0"].shape["pieces"] == 64
+    assert cut["shared_attention_0"].bytes() == whole["shared_attention_0"].bytes()
+    machine = PLAIN.machine
+    start = {k: float(roofline.op_cost(x["shared_attention_0"], machine).busy["compute"]) for k, x in (("whole", whole), ("cut", cut))}
+    # 4 groups x 8 KV heads x one tile of 64 rows x 64 pieces: 2048 items for 132 units instead of 32.
+    assert start["cut"] > start["whole"] > 0
+    short = {op.name: op for op in layer_ops(built("shared-prefix:tokens=32,group=16,chunk=64"), 64, 6000)}
+    assert short["merge_0"].bytes() == pytest.approx(3 * outputs)
 
 
 def test_groups_no_larger_than_the_batch() -> None:

@@ -201,7 +201,7 @@ def test_parts_of_an_estimate_are_those_of_a_round() -> None:
         ("speculation:by=lookup,tree=4xx2", "4x2x1"),
         ("speculation:by=lookup,length=2,tokens=3.5", "cannot exceed"),
         ("speculation:by=lookup,draft=llama-3.2-1b", "no drafting model"),
-        ("speculation:acceptance=1.2", "less than or equal to 1"),
+        ("speculation:acceptance=1.2", "a number from 0 to 1, got 1.2"),
         ("hierarchical-speculation:length=4", "middle_with"),
     ],
 )

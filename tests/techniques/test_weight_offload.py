@@ -113,3 +113,11 @@ def test_with_other_techniques():
         assert streamed(e, decode(8, 512)) == pytest.approx(LAYERS / 4, rel=1e-9)
     with pytest.raises(SpecError, match="no way to 'tape'"):
         built("weight-offload:tier=tape")
+
+
+def test_swapped_memory_is_written_out_before_it_comes_back():
+    files, memory = built("weight-offload:ahead=false"), built("weight-offload:ahead=false,swapped=1")
+    assert streamed(memory, decode(1, 64)) == pytest.approx(2 * LAYERS, rel=1e-9)
+    # What a host link carries one way it carries the other way as fast: the pushed-out layers take as long as the fetched ones.
+    plain = built().decode(1, 64)
+    assert memory.decode(1, 64) - plain == pytest.approx(2 * (files.decode(1, 64) - plain), rel=0.05)

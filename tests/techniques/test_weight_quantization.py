@@ -108,3 +108,13 @@ def test_what_cannot_be():
         built("weight-quantization:bits=4,act_bits=8,fused=false")
     with pytest.raises(SpecError, match="high_share"):
         built("weight-quantization:bits=4,high_share=0.3")
+
+
+def test_experts_are_unpacked_too():
+    # Mixtral-8x7B, all 8 experts of a layer: 32 x 8 x 3 x 4,096 x 14,336 weights at 64 operations each on the vector units
+    plain, e = (Estimator("mixtral-8x7b", "h200-sxm", techniques=[f"weight-quantization:bits=4{more}"]) for more in ("", ",unpack=64"))
+    least = 32 * 8 * 3 * 4096 * 14336 * 64 / e.machine.vector
+    longer = e.prefill(1, 64) - plain.prefill(1, 64)
+    assert 0.7 * least < longer < 3 * least
+    parts = e.parts(8, 1, 2047, is_decode=True)
+    assert parts.lower <= parts.seconds

@@ -24,6 +24,7 @@ from perfmodel.serving.replay.prefix import Tier
 from perfmodel.serving.replay.settings import Settings
 from perfmodel.serving.requests import Requests, check_positions
 from perfmodel.spec.deployment import Deployment, PoolSpec
+from perfmodel.techniques.base import finding
 
 _MOST_INSTANCES = 100_000  # each takes memory of its own
 
@@ -106,6 +107,8 @@ def _estimator(d: Deployment, p: PoolSpec) -> Estimator:
         d.model, p.hardware, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, ep=p.ep, engine=d.engine, weight_dtype=p.weight_dtype,
         kv_dtype=p.kv_dtype, mem_fraction=d.mem_fraction, techniques=p.techniques,
     )  # fmt: skip
+    if kind := finding(e.techniques):
+        raise SpecError(f"a replay finds cached prompt tokens itself (prefix_caching: true); leave {kind} out of the techniques")
     if p.role != "encode":
         e.require_fit()
     return e
@@ -124,7 +127,7 @@ def _pool(d: Deployment, p: PoolSpec, e: Estimator, context: float, requests: Re
         e, context, p.policy, chunk=p.chunk, max_batch=p.max_batch, longest=float(requests.input.max()),
         prefill_share=p.prefill_share,
     )  # fmt: skip
-    whole = float(memory.kv_bytes_per_token(e.model, e.formats))
+    whole = float(memory.kv_bytes_per_token(e.model, e.formats, max(context, 1.0)))
     tiers = tuple(Tier(t.name, t.size / whole, whole / t.bandwidth) for t in extras.tiers)
     swap = None if extras.swap_bandwidth is None else whole / extras.swap_bandwidth
     settings = Settings(
