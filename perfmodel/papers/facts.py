@@ -47,6 +47,18 @@ class Facts:
         return self._value("output")
 
     @property
+    def working_output(self) -> float:
+        """Output tokens of the sequences at work: one of twice the length is at work twice as long, so a mean m of a coefficient
+        of variation c becomes m (1 + c^2) in continuous batching."""
+        spread = 0.0 if self.setting.batching == "static" else self._value("output_spread")
+        return self.output * (1 + spread**2)
+
+    @property
+    def context(self) -> float:
+        """Mean tokens of the sequences at work."""
+        return self.input + self.working_output / 2
+
+    @property
     def parameters(self) -> float:
         """Stored parameters of the model."""
         return float(parameters.parameters_total(self._estimator.model))
@@ -246,7 +258,7 @@ class Facts:
     @property
     def max_batch(self) -> float:
         """Sequences that fit: of their mean length in continuous batching, of their full length in static."""
-        tokens = self.input + (self.output if self.setting.batching == "static" else self.output / 2)
+        tokens = self.input + self.output if self.setting.batching == "static" else self.context
         most = float(self._estimator.max_batch(tokens))
         if most < 1:
             raise Infeasible(

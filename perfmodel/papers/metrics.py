@@ -42,13 +42,13 @@ class Measured(Facts):
         """Mean seconds per output token of a sequence in the batch, over the contexts it passes."""
         if self.output <= 1:
             return float(self._decode(self.batch, np.array([self.input + 1]))[0])
-        at = self.input + np.array([0.113, 0.5, 0.887]) * self.output
+        at = self.input + np.array([0.113, 0.5, 0.887]) * self.working_output
         return float(np.dot([5, 8, 5], self._decode(self.batch, at)) / 18)
 
     @property
     def step(self) -> float:
         """Seconds of the decode step in the middle of the output, all its emitted tokens together."""
-        return float(self._estimator.round_seconds(self.batch, self.input + self.output / 2))
+        return float(self._estimator.round_seconds(self.batch, self.context))
 
     @property
     def latency(self) -> float:
@@ -88,7 +88,7 @@ class Measured(Facts):
         prompts = max(tokens / (self.input - self._value("prefix")), 1.0)
         piece = tokens / prompts
         before = self._value("prefix") + (self.input - self._value("prefix") - piece) / 2
-        step = float(self._estimator.mixed(self.batch, self.input + self.output / 2, piece, before, prompts))
+        step = float(self._estimator.mixed(self.batch, self.context, piece, before, prompts))
         return self.batch / self.output * (self.input + self.output) / step
 
     @property
@@ -117,7 +117,7 @@ class Measured(Facts):
 
     def _phase(self, *, decode: bool) -> Phase:
         if decode:
-            return Phase((Group(self.batch, 1.0, self.input + self.output / 2, decode=True),))
+            return Phase((Group(self.batch, 1.0, self.context, decode=True),))
         prefix = self._value("prefix")
         return Phase((Group(self._value("prompts"), self.input - prefix, prefix),))
 

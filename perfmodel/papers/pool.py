@@ -100,7 +100,7 @@ def pool(setting: Resolved, role: str, mix: Mix, handoff: float = 0.0) -> Pool:
     key = (replace(setting, values=values, roles={}, devices=0.0).key, role, handoff, lengths.tobytes())
     if key not in _pools:
         if len(_pools) >= _MOST_POOLS:
-            _pools.clear()
+            _pools.pop(next(iter(_pools)))
         e = estimator(setting)
         e.require_fit()
         lanes = int(e.par.pp) if fills(setting.policy, role) else 1

@@ -63,6 +63,8 @@ class Served(Measured):
 
     @cached_property
     def _together(self) -> Pool:
+        if self.setting.roles:
+            raise SpecError("this metric is of one pool; a setting with `roles` has two, whose goodput and limit_scale are known")
         return self._pool(self.setting, "colocated")
 
     def _goals(self, share: float) -> goals_of.Goals:

@@ -36,6 +36,8 @@ class Given(Spec):
     def _honest(self) -> Given:
         if self.origin == "assumed" and not self.reason:
             raise ValueError("an assumed value needs a `reason`")
+        if self.origin == "assumed" and not (self.range or self.others or self.fixed):
+            raise ValueError("an assumed value needs a `range`, `others`, or `fixed` with why no other needs trying")
         if self.origin == "paper" and not self.source:
             raise ValueError("a value from the paper's text needs its `source` (section, table or figure)")
         if self.range is not None:
@@ -46,8 +48,8 @@ class Given(Spec):
                 raise ValueError(f"the range {list(self.range)} must be positive and contain the value {self.value}")
             if high / low > _WIDEST * (1 + 1e-9):
                 raise ValueError(f"the range {list(self.range)} is wider than a factor of {_WIDEST:g}")
-        if self.origin != "assumed" and (self.range or self.others):
-            raise ValueError("only an assumed value has a range or others")
+        if self.origin != "assumed" and (self.range or self.others or self.fixed):
+            raise ValueError("only an assumed value has `range`, `others` or `fixed`")
         return self
 
 

@@ -29,12 +29,16 @@ parameters:
   input: {{value: 800, from: paper, source: s}}
   output: {{value: 100, from: paper, source: s}}
   two: {{value: 2, from: paper, source: s}}
+  half: {{value: 0.5, from: paper, source: s}}
   rate: {{value: 1.5, from: paper, source: s}}
   ttft: {{value: 0.4, from: paper, source: s}}
   tpot: {{value: 0.05, from: paper, source: s}}
 settings:
   one: {{model: "=model", hardware: "=device", input: "=input", output: "=output", rate: "=rate", ttft: "=ttft", tpot: "=tpot"}}
   strict: {{like: one, ttft: "=ttft / two"}}
+  unlike: {{like: one, batch: max, output_spread: "=half"}}
+  alike: {{like: one, batch: max}}
+  together: {{like: unlike, batching: static}}
   staged: {{like: one, pp: "=two"}}
   whole: {{like: staged, policy: whole}}
   pools: {{like: one, roles: {{prefill: {{devices: 1}}, decode: {{devices: 1}}}}}}
@@ -119,3 +123,37 @@ def test_a_mixed_step_carries_each_sequence_s_share_of_prefill(tmp_path: Path) -
     # One sequence decodes: a hundredth of a prompt of 800 tokens rides along, 396 tokens behind its beginning on average.
     step = float(one._estimator.mixed(1.0, 850.0, 8.0, 396.0, 1.0))
     assert one.mixed_throughput == pytest.approx(1 / 100 * 900 / step)
+
+
+def test_long_answers_are_at_work_longer(tmp_path: Path) -> None:
+    runner = _runner(tmp_path)
+    unlike, alike, together = (_measured(runner, name) for name in ("unlike", "alike", "together"))
+    # Half of the answers have 50 tokens, half 150: mean 100, coefficient of variation 1/2. Of the tokens a quarter are of short
+    # ones and three quarters of long ones, so those at work have 50 / 4 + 150 * 3 / 4 tokens.
+    assert unlike.working_output == pytest.approx(50 / 4 + 150 * 3 / 4)
+    assert unlike.context == pytest.approx(800 + 62.5)
+    assert alike.context == pytest.approx(850)
+    assert unlike.max_batch == pytest.approx(alike.max_batch * 850 / 862.5, abs=2)
+    assert unlike.tpot * alike.batch / unlike.batch > alike.tpot
+    # A static batch holds everyone's room until its end.
+    assert together.working_output == 100
+
+
+def test_the_highest_rate_is_bracketed_as_closely_with_and_without_a_limit(tmp_path: Path) -> None:
+    pool = _measured(_runner(tmp_path), "one")._together
+    stable = pool.highest(lambda _: True)
+    assert pool.state(stable).feasible
+    assert not pool.state(stable * 1.01).feasible
+    half = pool.highest(lambda s: s.rate <= stable / 2)
+    assert half == pytest.approx(stable / 2, rel=0.01)
+    assert pool.highest(lambda _: False) == 0
+
+
+def test_a_blend_is_the_weighted_mean_of_its_clocks(tmp_path: Path) -> None:
+    estimator = _measured(_runner(tmp_path), "one")._estimator
+    sides = Sides(estimator, 900.0, 0.5)
+    fast, slow = sides.decode(1.0), sides.decode(0.5)
+    between = sides.decode(0.5, often=0.25)
+    assert between.decode(8, 7200.0) == pytest.approx(0.75 * fast.decode(8, 7200.0) + 0.25 * slow.decode(8, 7200.0))
+    assert isinstance(between.decode_base, list)
+    assert between.chunk == fast.chunk

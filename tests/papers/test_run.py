@@ -157,6 +157,7 @@ def test_pair_puts_the_proposal_last() -> None:
         ({"settings": {"full": {**PLAIN["settings"]["full"], "model": "llama-2-7b"}}}, "bare 'llama-2-7b'"),
         ({"settings": {"full": {"like": "full"}}, "claims": []}, None),
         ({"parameters": {**PLAIN["parameters"], "input": {"value": 10, "from": "assumed"}}}, "reason"),
+        ({"parameters": {**PLAIN["parameters"], "input": {"value": 10, "from": "assumed", "reason": "x"}}}, "fixed"),
         ({"parameters": {**PLAIN["parameters"], "input": {"value": 10, "from": "paper"}}}, "source"),
         ({"parameters": {**PLAIN["parameters"], "input": {"value": 10, "range": [5, 20], "from": "assumed", "reason": "x"}}}, "factor"),
         ({"parameters": {**PLAIN["parameters"], "input": {"value": 10, "range": [5, 10], "from": "abstract"}}}, "assumed"),
