@@ -30,6 +30,8 @@ class Generation:
     """Kept on each device from one step to the next."""
     lower: Num
     """Seconds at datasheet rates with perfect overlap."""
+    busy: dict[str, Num]
+    """Seconds that each resource works."""
 
 
 def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int = 1, beside: Num = 0.0) -> Generation:
@@ -56,13 +58,16 @@ def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int 
         found = technique.denoise(found, n, e.model, e.formats, e.par)
     seconds: Any = np.asarray(beside, float)
     lower: Any = 0.0
+    busy: dict[str, Any] = {}
     for p in found.passes:
         total = roofline.cost(_schedule(e, n, p), e.machine)
         host = e.host_seconds(n)
+        for resource, worked in {**total.busy, "host": host}.items():
+            busy[resource] = busy.get(resource, 0.0) + p.times * worked
         seconds = seconds + p.times * (total.seconds + host)
         lower = lower + p.times * total.lower
     cached = sum((r.bytes for r in found.stored if r.tier == "hbm"), start=0.0)
-    return Generation(_plain(seconds), found.passes, _plain(cached), _plain(lower))
+    return Generation(_plain(seconds), found.passes, _plain(cached), _plain(lower), {r: _plain(x) for r, x in busy.items()})
 
 
 def _schedule(e: Estimator, n: Num, p: Pass) -> Node:

@@ -48,14 +48,18 @@ def explain(as_json: bool, paper: str | None, **options: Any) -> None:
 
 def _paper(name: str, as_json: bool) -> None:
     """The two settings that a paper's first predicted claim compares."""
-    from perfmodel.papers.run import load, pair
+    from perfmodel.papers.pair import pair
+    from perfmodel.papers.run import load
     from perfmodel.papers.setting import estimator
 
     paper = load(name)
     before, after = pair(paper)
     title = f"{paper.title}\n{before.name} against {after.name}: {after.setting.model} on {after.setting.hardware}"
-    sizes = before.batch, round(before.input), round(before.output)
-    _compared(estimator(before.setting), estimator(after.setting), *sizes, title, as_json)
+    plain, changed = estimator(before.setting), estimator(after.setting)
+    if before.steps:
+        _denoised(plain, changed, (after.batch, after.input, after.steps), title, as_json)
+        return
+    _compared(plain, changed, before.batch, round(before.input), round(before.output), title, as_json)
 
 
 def _compared(before: Any, after: Any, batch: float, isl: int, osl: int, title: str, as_json: bool) -> None:
@@ -67,6 +71,22 @@ def _compared(before: Any, after: Any, batch: float, isl: int, osl: int, title: 
         return
     click.echo(heading(title))
     click.echo(text(found, batch, isl, osl))
+    _equations(before, after)
+
+
+def _denoised(before: Any, after: Any, work: tuple[float, float, float], title: str, as_json: bool) -> None:
+    from perfmodel.explain.denoised import compare, text
+
+    found = compare(before, after, *work)
+    if as_json:
+        echo_json(found.data())
+        return
+    click.echo(heading(title))
+    click.echo(text(found, *work))
+    _equations(before, after)
+
+
+def _equations(before: Any, after: Any) -> None:
     for technique in after.techniques:
         if technique not in before.techniques:
             equation = (type(technique).__doc__ or "").strip().split("\n\n", 1)[-1]

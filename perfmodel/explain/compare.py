@@ -15,7 +15,7 @@ from perfmodel.parts import Parts
 _HALVINGS = 40
 _SAME = 1e-3
 """Relative difference of times below which a change does nothing."""
-_NAMES = {"compute": "matrix", "hbm": "memory", "host": "host work", "host_link": "host link"}
+NAMES = {"compute": "matrix", "hbm": "memory", "host": "host work", "host_link": "host link"}
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def compare(before: Estimator, after: Estimator, batch: float, isl: int, osl: in
     return Comparison(
         _side(before, batch, isl, osl, context), _side(after, batch, isl, osl, context),
         {
-            "batch": _crossing(lambda b: _gain(before, after, b, context), batch, 1.0, 65536.0),
-            "context": _crossing(lambda c: _gain(before, after, batch, c), context, 16.0, float(2**24)),
-            "bandwidth": _crossing(
-                lambda x: _gain(_wider(before, x), _wider(after, x), batch, context), 1.0, 1 / 64, 64.0
+            "batch": crossing(lambda b: _gain(before, after, b, context), batch, 1.0, 65536.0),
+            "context": crossing(lambda c: _gain(before, after, batch, c), context, 16.0, float(2**24)),
+            "bandwidth": crossing(
+                lambda x: _gain(wider(before, x), wider(after, x), batch, context), 1.0, 1 / 64, 64.0
             ),
         },
     )  # fmt: skip
@@ -94,18 +94,18 @@ def _gain(before: Estimator, after: Estimator, batch: float, context: float) -> 
     return math.log(float(before.decode(batch, context)) / float(after.decode(batch, context)))
 
 
-def _wider(e: Estimator, factor: float) -> Estimator:
+def wider(e: Estimator, factor: float) -> Estimator:
     """The same instance with `factor` times the memory bandwidth."""
     other = object.__new__(type(e))
     other.__dict__.update({k: v for k, v in e.__dict__.items() if not k.startswith("_")})
     other.machine = replace(e.machine, bandwidth=e.machine.bandwidth * factor)
     other._remembered, other._dtypes = {}, e._dtypes
     # Drafts of a decode round, built by now, get the same bandwidth.
-    other._drafts = {key: _wider(draft, factor) for key, draft in e._drafts.items()}
+    other._drafts = {key: wider(draft, factor) for key, draft in e._drafts.items()}
     return other
 
 
-def _crossing(gain: Callable[[float], float], here: float, low: float, high: float) -> dict[str, Any]:
+def crossing(gain: Callable[[float], float], here: float, low: float, high: float) -> dict[str, Any]:
     """Where a gain changes its sign, nearest to `here` on a logarithmic scale; none: it has one sign throughout."""
     now = gain(here)
     ends = []
@@ -126,31 +126,33 @@ def text(c: Comparison, batch: float, isl: int, osl: int) -> str:
     for phase, title in (("prefill", "prefill of one prompt"), ("decode", "decode round")):
         old, new = getattr(c.before, phase), getattr(c.after, phase)
         out.append(f"{title:<26}{'before':>12}{'after':>12}")
-        out += [f"  {_NAMES.get(r, r):<24}{_time(a):>12}{_time(b):>12}{_change(a, b):>10}" for r, a, b in c.relieved(phase)]
-        out.append(f"  {'expected':<24}{_time(old.seconds):>12}{_time(new.seconds):>12}{_change(old.seconds, new.seconds):>10}")
-        out += [f"  {_binding(old.bottleneck, new.bottleneck)}", ""]
+        out += [f"  {NAMES.get(r, r):<24}{seconds(a):>12}{seconds(b):>12}{change(a, b):>10}" for r, a, b in c.relieved(phase)]
+        times = old.seconds, new.seconds
+        out.append(f"  {'expected':<24}{seconds(times[0]):>12}{seconds(times[1]):>12}{change(*times):>10}")
+        out += [f"  {binding(old.bottleneck, new.bottleneck)}", ""]
     a, b = c.before, c.after
-    out.append(f"{'per output token':<26}{_time(a.tpot):>12}{_time(b.tpot):>12}{_change(a.tpot, b.tpot):>10}")
+    out.append(f"{'per output token':<26}{seconds(a.tpot):>12}{seconds(b.tpot):>12}{change(a.tpot, b.tpot):>10}")
     if b.tokens != a.tokens:
         out.append(f"{'tokens a round':<26}{a.tokens:>12.3g}{b.tokens:>12.3g}")
     for name, x, y in (("weights", a.weights, b.weights), ("keys and values", a.kv, b.kv)):
-        out.append(f"{name:<26}{units.show(x, 'size'):>12}{units.show(y, 'size'):>12}{_change(x, y):>10}")
-    out.append(f"{'largest batch':<26}{a.max_batch:>12,}{b.max_batch:>12,}{_change(a.max_batch, b.max_batch):>10}")
-    out += ["", *(_where(name, found) for name, found in c.breakeven.items())]
+        out.append(f"{name:<26}{units.show(x, 'size'):>12}{units.show(y, 'size'):>12}{change(x, y):>10}")
+    out.append(f"{'largest batch':<26}{a.max_batch:>12,}{b.max_batch:>12,}{change(a.max_batch, b.max_batch):>10}")
+    out += ["", *(where(name, found) for name, found in c.breakeven.items())]
     return "\n".join(out)
 
 
-def _binding(old: str, new: str) -> str:
-    a, b = _NAMES.get(old, old), _NAMES.get(new, new)
+def binding(old: str, new: str) -> str:
+    """Which resource bound and binds."""
+    a, b = NAMES.get(old, old), NAMES.get(new, new)
     return f"{a} binds before and after" if a == b else f"{a} bound before, {b} binds now"
 
 
-def _where(name: str, found: dict[str, Any]) -> str:
+def where(name: str, found: dict[str, Any], what: str = "decode") -> str:
     """One break-even point in words."""
     show = (lambda x: f"{x:.3g} x the bandwidth") if name == "bandwidth" else (lambda x: f"{name} {x:,.0f}")
     gain, at = found["gain_here"], found["at"]
     if abs(math.log(gain)) <= _SAME:
-        return f"does nothing for decode at {show(found['here'])}"
+        return f"does nothing for {what} at {show(found['here'])}"
     helps = "helps" if gain > 1 else "costs"
     if at is None:
         return f"{helps} at every {name} from {show(found['low'])} to {show(found['high'])}"
@@ -160,9 +162,11 @@ def _where(name: str, found: dict[str, Any]) -> str:
     return f"{helps} from {show(at)}; {other} below"
 
 
-def _time(x: float) -> str:
+def seconds(x: float) -> str:
+    """A time as it is read; nothing for none."""
     return units.show(x, "time") if x > 0 else "-"
 
 
-def _change(a: float, b: float) -> str:
+def change(a: float, b: float) -> str:
+    """By what factor a number changed."""
     return f"x {b / a:.2f}" if a > 0 and b > 0 else ""

@@ -12,7 +12,7 @@ from perfmodel.errors import Infeasible, PerfmodelError, SpecError, did_you_mean
 from perfmodel.papers import expression
 from perfmodel.papers.metrics import Bare, Measured, known
 from perfmodel.papers.served import Served
-from perfmodel.papers.setting import Resolved, merged, resolve
+from perfmodel.papers.setting import merged, resolve
 from perfmodel.papers.verdict import COUNTED, Evidence, Verdict, judge, meets, middle, no_effect
 from perfmodel.spec import yaml
 from perfmodel.spec.paper import Claim, Paper, Prediction
@@ -212,37 +212,6 @@ def inputs(paper: Paper, name: str) -> set[str]:
 
     visit(merged(paper, name))
     return found
-
-
-@dataclass(frozen=True)
-class Side:
-    """One of the two settings that a paper compares."""
-
-    name: str
-    setting: Resolved
-    batch: float
-    input: float
-    output: float
-
-
-def pair(paper: Paper) -> tuple[Side, Side]:
-    """Baseline and proposal: the settings of the first claim that names two.
-
-    The one with more techniques is the proposal, else the later one in the file.
-    """
-    runner = Runner(paper)
-    texts = [c.predict for c in paper.claims if c.predict] + [p.predict for p in paper.predictions]
-    for text in texts:
-        used = {path[0] for path in expression.names(text)}
-        named = [name for name in paper.settings if name in used]
-        if len(named) == 2:
-            sides = []
-            for name in named:
-                measured = runner.setting(name, runner.given, Served)
-                sides.append(Side(name, measured.setting, measured.batch, measured.input, measured.output))
-            first, second = sorted(sides, key=lambda s: len(s.setting.techniques))
-            return first, second
-    raise SpecError(f"{paper.id} compares no two settings of one model on a machine: see `perfmodel papers show {paper.id}`")
 
 
 def run(paper: Paper) -> list[Result]:

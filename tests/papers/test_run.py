@@ -7,32 +7,14 @@ from typing import Any
 
 import pytest
 import yaml
+from paper_files import PLAIN
 
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
-from perfmodel.papers.run import Runner, load, pair, run, score
+from perfmodel.papers.pair import pair
+from perfmodel.papers.run import Runner, load, run, score
 from perfmodel.papers.setting import resolve
 from perfmodel.spec.paper import Paper
-
-PLAIN: dict[str, Any] = {
-    "id": "example", "title": "An example", "family": "kv-quantization", "relation": "technique", "mechanism": "fewer bits",
-    "parameters": {
-        "model": {"value": "llama-2-7b", "from": "abstract"},
-        "device": {"value": "a100-sxm-80gb", "from": "abstract"},
-        "bits": {"value": 4, "unit": "bit", "from": "abstract"},
-        "input": {"value": 2000, "unit": "token", "range": [1500, 2500], "from": "assumed", "reason": "a guess"},
-        "output": {"value": 100, "unit": "token", "from": "paper", "source": "section 5"},
-        "batch": {"value": 16, "from": "abstract"},
-    },
-    "settings": {
-        "full": {"model": "=model", "hardware": "=device", "batch": "=batch", "input": "=input", "output": "=output"},
-        "narrow": {"like": "full", "techniques": [{"kind": "kv-quantization", "bits": "=bits"}]},
-    },
-    "claims": [
-        {"metric": "tpot", "claimed": 1.3, "unit": "x", "direction": "lower", "against": "16 bits", "setting": "decode",
-         "predict": "full.tpot / narrow.tpot"},
-    ],
-}  # fmt: skip
 
 
 def paper(**changes: Any) -> Paper:
