@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 from perfmodel import catalog
-from perfmodel.papers.run import Result, Score, load, run, score
+from perfmodel.papers.run import Result, Score, load, score
 from perfmodel.papers.setting import systems
+from perfmodel.papers.several import run_several
 from perfmodel.papers.verdict import as_ratio, is_relative
 from perfmodel.spec.paper import Paper
 
@@ -208,7 +209,7 @@ def points(results: list[Result]) -> list[tuple[float, float, Result]]:
 
 def main(arguments: list[str]) -> int:
     papers = [load(name) for name in catalog.names("papers")]
-    results = {p.id: run(p) for p in papers}
+    results = dict(zip([p.id for p in papers], run_several(papers), strict=True))
     texts = {HERE / "papers.md": page(papers, results), PLOT: parity(points([r for rows in results.values() for r in rows]))}
     stale = [path for path, text in texts.items() if not path.is_file() or path.read_text(encoding="utf-8") != text]
     if "--check" in arguments:

@@ -69,12 +69,12 @@ def run(names: tuple[str, ...], everything: bool, as_json: bool) -> None:
     """Predict what papers claim: verdict, prediction, and its range over what was assumed."""
     from perfmodel import catalog
     from perfmodel.papers.run import load, score
-    from perfmodel.papers.run import run as evaluate
+    from perfmodel.papers.several import run_several
 
     if everything == bool(names):
         raise SpecError("name papers (ids or files), or say --all")
     chosen = catalog.names("papers") if everything else list(names)
-    results = [r for name in chosen for r in evaluate(load(name))]
+    results = [r for rows in run_several([load(name) for name in chosen]) for r in rows]
     if as_json:
         claims = [r.data() for r in results if r.verdict is not None]
         echo_json({"claims": claims, "predictions": [r.data() for r in results if r.verdict is None]})

@@ -14,6 +14,7 @@ import pytest
 from perfmodel import catalog
 from perfmodel.papers.run import Result, load, run, score
 from perfmodel.papers.setting import systems
+from perfmodel.papers.several import run_several
 from perfmodel.spec.paper import Paper
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +28,7 @@ def papers() -> list[Paper]:
 
 @pytest.fixture(scope="module")
 def results(papers: list[Paper]) -> dict[str, list[Result]]:
-    return {p.id: run(p) for p in papers}
+    return dict(zip([p.id for p in papers], run_several(papers), strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,10 @@ def script() -> ModuleType:
 def test_the_wanted_papers_are_there() -> None:
     assert set(WANTED) <= set(catalog.names("papers"))
     assert len(WANTED) == 90
+
+
+def test_processes_change_nothing(papers: list[Paper], results: dict[str, list[Result]]) -> None:
+    assert all(run(p) == results[p.id] for p in papers[::25])
 
 
 def test_every_paper_gives_a_number(results: dict[str, list[Result]]) -> None:
