@@ -79,9 +79,9 @@ The plan of lowest latency may cost twice as much as the cheapest.
 SAVINGS = """
 Promised: the closed form at the plan's real mix. For Azure code the arrivals of the window (squared CV of the gaps above 20) are beyond the
 closed forms; there they only start the search, and replay decides how much each pool carries. For the others `--measure` looks for a cheaper
-plan the same way, and finds one for Mooncake (77.52 and 297.36 USD/h without it): the closed forms take requests as dealt in turn, while its
-router sends prompts that no instance holds to the least loaded one, away from prefills of seconds. One pool of 33 instances at 37 % prefill has
-TPOT p95 of 96 ms in closed form, and in replay 85 ms dealt in turn, 51 ms to the least loaded, 48 ms prefix-affine. A promise of the closed
+plan the same way, and finds one for Mooncake (77.52 and 286.24 USD/h without it): the closed forms take requests as dealt in turn, while its
+router sends prompts that no instance holds to the least loaded one, away from prefills of seconds. 31 instances of tp4 at 40 % prefill have a
+TPOT p95 of 96 ms in closed form, and in replay 94 ms dealt in turn, 58 ms to the least loaded, 54 ms prefix-affine. A promise of the closed
 form above its limit belongs to such a plan: replay kept it. The gap is then that of the last round's columns, and the search a heuristic.
 
 ## What the integer program saves

@@ -20,6 +20,7 @@ from perfmodel.serving.encode_pool import EncodeInstance, FedInstance
 from perfmodel.serving.images import image_tokens
 from perfmodel.serving.modes import WholeClock, WholeInstance
 from perfmodel.serving.queueing import MOST_DISPERSED, Instance, Mix
+from perfmodel.serving.replay.routing import Affinity
 from perfmodel.serving.split import Sides, SplitClock, SplitInstance
 from perfmodel.serving.static_batch import StaticInstance
 from perfmodel.serving.workload import Bucket, Workload
@@ -39,6 +40,8 @@ _TIGHT = 0.02
 """A rate is high enough once one promise has no more than this share of its permitted misses left."""
 _FEWEST = 1e-3
 """Misses over those permitted, below which no fewer count: a law's tail says little of where its limit lies."""
+_AFFINE = Affinity().least_match
+"""Share of a prompt that an instance must have seen for a router to send it there."""
 
 
 def bucket_mix(buckets: list[Bucket], chosen: tuple[int, ...], weights: np.ndarray | None = None) -> Mix:
@@ -74,13 +77,17 @@ class Case:
 
     @property
     def by_chance(self) -> float:
-        """Share of the requests whose instance owes nothing to what the others hold: the router's dice, or a prompt's prefix."""
+        """Share of the requests whose instance owes nothing to what the others hold: the router's dice, or a prompt's prefix.
+
+        Prompts of which less than the router asks for was seen before go where least waits, as evenly as dealt in turn.
+        """
         if self.routing == "random":
             return 1.0
         if self.routing != "prefix-affine" or self.reuse is None:
             return 0.0
         shares = np.array([self.buckets[k].share for k in self.chosen])
-        return float(shares @ [np.mean(_cached(self.buckets[k]) > 0) for k in self.chosen] / shares.sum())
+        mine = [self.buckets[k] for k in self.chosen]
+        return float(shares @ [np.mean(_cached(b) >= _AFFINE * b.input) for b in mine] / shares.sum())
 
     @property
     def most(self) -> float:

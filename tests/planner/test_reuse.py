@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from perfmodel.errors import SpecError
+from perfmodel.planner.case import Case
 from perfmodel.planner.reuse import Reuse
 from perfmodel.serving.requests import Blocks, Requests
 from perfmodel.serving.workload import Workload, buckets, build
@@ -115,3 +117,25 @@ def test_no_block_ids_is_one_clear_error() -> None:
     plain = Workload(Requests(workload.requests.arrival, workload.requests.input, workload.requests.output), 1.0, 1.0, 1.0)
     with pytest.raises(SpecError, match="block ids"):
         Reuse(plain, buckets(plain, 1), "random")
+
+
+def test_only_prompts_that_the_router_would_send_back_are_dealt_by_chance() -> None:
+    """By hand: the router asks for 30 % of a prompt. Of turns 1 to 6, with 2t blocks of which 2(t - 1) were seen before, all but
+    the first match by 1/2 to 5/6, so 5 of 6 go by their prefix. A seventh block in front of every prompt that all share (a
+    system prompt) is a third of a first turn, and a ninth where the turn has eight blocks of its own: that one goes anywhere."""
+
+    def chance(extra: int, first: int, routing: str) -> float:
+        workload = conversations()
+        group = buckets(workload, 1)[0]
+        turn = np.tile(np.arange(1, 7), 200)
+        own, seen = np.where(turn == 1, first, 2.0 * turn), np.where(turn == 1, 0, 2.0 * (turn - 1))
+        group = replace(group, input=64.0 * (own + extra), output=np.full(turn.size, 50.0), cached=64.0 * (seen + extra))
+        reuse = Reuse(workload, [group], "prefix-affine") if routing == "prefix-affine" else None
+        case = Case(None, None, [group], (0,), workload, Objectives(), reuse, routing)  # type: ignore[arg-type]
+        return case.by_chance
+
+    assert chance(0, 2, "prefix-affine") == pytest.approx(5 / 6)
+    assert chance(1, 2, "prefix-affine") == 1.0
+    assert chance(1, 8, "prefix-affine") == pytest.approx(5 / 6)
+    assert chance(1, 8, "random") == 1.0
+    assert chance(1, 8, "round-robin") == chance(1, 8, "least-loaded") == 0.0
