@@ -21,7 +21,7 @@ from perfmodel.estimator import Estimator
 from perfmodel.planner.case import Case, bucket_mix, serving_instance
 from perfmodel.planner.layout import Built, Layout, build, layouts
 from perfmodel.planner.offer import Offer
-from perfmodel.planner.promise import MOST_PREFILL, why_never
+from perfmodel.planner.promise import why_never
 from perfmodel.planner.reuse import reuse_of
 from perfmodel.planner.watts import instance_power
 from perfmodel.serving.batch_service import Service
@@ -215,17 +215,6 @@ class Enumerator:
                     self.choices.dealt,
                 )
                 self.columns[key] = column_at(c.layout, c.offer, case, rate, limited)
-
-    def loosen(self, factor: float, known: Collection[Layout]) -> None:
-        """Raise every operating point, where closed forms do not reach and a replay had room to spare; not of `known` layouts,
-        whose limit a replay has shown."""
-        for key, c in list(self.columns.items()):
-            if c.layout in known:
-                continue
-            rate = min(c.state.rate * factor, c.case.most)
-            s = c.instance.state(rate, c.case.mix(rate))
-            if s.feasible and s.utilisation <= MOST_PREFILL and c.layout.policy != "static":
-                self.columns[key] = column_at(c.layout, c.offer, c.case, rate, c.limited_by)
 
     def select(self, test: Callable[[Column], bool] = lambda c: True) -> list[Column]:
         """Columns that pass a test, without those another of them dominates."""

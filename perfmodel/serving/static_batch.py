@@ -80,10 +80,6 @@ class StaticInstance:
         """Seconds within which a share p of requests have their TPOT."""
         return s.at(dispersion).quantile("tpot", p)
 
-    def e2e_quantile(self, p: float, s: StaticState, mix: Mix, dispersion: float = 1.0) -> float:
-        """Seconds from arrival to the request's own last token, streamed."""
-        return s.at(dispersion).quantile("e2e", p)
-
     def slots(self, mix: Mix) -> int:
         """Requests a batch holds: the limit, or what memory reserves for the longest."""
         longest = float(np.max(mix.input)) + float(np.max(mix.output))

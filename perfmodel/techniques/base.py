@@ -306,10 +306,3 @@ def _prompted(techniques: tuple[Technique, ...]) -> None:
 def edit_ops(ops: list[Op], wanted: Any, edit: Any) -> list[Op]:
     """The operators with those that `wanted` accepts edited."""
     return [edit(op) if wanted(op) else op for op in ops]
-
-
-def scaled_traffic(op: Op, tensor: str, factor: Num) -> Op:
-    """Elements of one tensor's records times a factor."""
-    return replace(op, traffic=tuple(
-        replace(t, elements=t.elements * factor) if t.tensor == tensor else t for t in op.traffic
-    ))  # fmt: skip
