@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cached_property
 
 from perfmodel import memory, parameters
@@ -234,11 +235,7 @@ class Facts:
         layer = memory.kv_bytes_per_token(e.model, e.formats) / e.par.tp / self.layers
         token = max(self.prompt_activations + layer, e.model.vocab * (e.formats.act.width + 4) / e.par.tp)
         free = float(e.machine.capacity) - self.weights - float(e.memory(0, 1).other)
-        low, high = 1.0, 2.0**34
-        for _ in range(60):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self._stored(many, round(middle)) + token * many * middle <= free else (low, middle)
-        return low
+        return _longest(lambda tokens: self._stored(many, round(tokens)) + token * many * tokens <= free)
 
     @property
     def prompt_scores(self) -> float:
@@ -272,13 +269,9 @@ class Facts:
         """Longest context that one sequence can have."""
         e = self._estimator
         free = float(e.kv_free)
-        low, high = 1.0, 2.0**34
         if self._stored(1, 1.0) > free:
             return 0.0
-        for _ in range(60):
-            middle = math.sqrt(low * high)
-            low, high = (middle, high) if self._stored(1, round(middle)) <= free else (low, middle)
-        return low
+        return _longest(lambda tokens: self._stored(1, round(tokens)) <= free)
 
     @cached_property
     def batch(self) -> float:
@@ -288,3 +281,12 @@ class Facts:
             return float(asked)
         largest = self._value("largest")
         return min(self.max_batch, largest) if largest else self.max_batch
+
+
+def _longest(fits: Callable[[float], bool]) -> float:
+    """Most tokens that fit, between one and 2^34, by bisection of the logarithm; one where none does."""
+    low, high = 1.0, 2.0**34
+    for _ in range(60):
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low

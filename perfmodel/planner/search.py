@@ -86,14 +86,14 @@ class _Search:
         None where the best that is left is no better than `known`. Raises Infeasible.
         """
         broken: list[tuple[list[Shortfall], list[Cell]]] = []
-        for attempt in range(ROUNDS):
+        for _ in range(ROUNDS):
             question, best = self._solve(known)
             if not _better(best, known):
                 return None
             values = fewest_instances(best)
             cells, misses = check(self.fleet, question, values)
             short = shortfalls(cells, misses)
-            self.rounds.append(_round(attempt + 1, best, misses, short))
+            self.rounds.append(_round(len(self.rounds) + 1, best, misses, short))
             if self.sustained is None and short and short[0].excess > _FAR_OFF:
                 self.sustained = measuring(self.fleet)
                 continue
