@@ -1,4 +1,4 @@
-"""Generation by denoising: diffusion transformers over latents, diffusion language models over text.
+"""Generation by denoising: diffusion transformers and U-Nets over latents, diffusion language models over text.
 
 Every step is a pass of the whole model in which each token attends every other, cached ones as well.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from perfmodel import roofline
+from perfmodel import calibration, roofline
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.graph import Phase
@@ -32,6 +32,8 @@ class Generation:
     """Seconds at datasheet rates with perfect overlap."""
     busy: dict[str, Num]
     """Seconds that each resource works."""
+    sigma: float
+    """Spread of the seconds: standard deviation of their logarithm, from that of the parameters."""
 
 
 def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int = 1, beside: Num = 0.0) -> Generation:
@@ -58,23 +60,35 @@ def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int 
         found = technique.denoise(found, n, e.model, e.formats, e.par)
     seconds: Any = np.asarray(beside, float)
     lower: Any = 0.0
+    shaken, varied = e.machine.perturbed(), np.zeros(len(e.machine.sigma) + 1)
     busy: dict[str, Any] = {}
     for p in found.passes:
-        total = roofline.cost(_schedule(e, n, p), e.machine)
-        host = e.host_seconds(n)
+        schedule, host = _schedule(e, n, p), e.host_seconds(n)
+        total = roofline.cost(schedule, e.machine)
         for resource, worked in {**total.busy, "host": host}.items():
             busy[resource] = busy.get(resource, 0.0) + p.times * worked
         seconds = seconds + p.times * (total.seconds + host)
         lower = lower + p.times * total.lower
+        if not np.ndim(seconds):
+            varied = varied + p.times * (roofline.cost(schedule, shaken).seconds + e.host_seconds(n, shaken))
+    steps = np.log(varied[1:] / varied[0]) if varied[0] else np.zeros(1)
+    sigma = float(np.sqrt(np.sum(steps**2) + calibration.law().residual["prefill"] ** 2))
     cached = sum((r.bytes for r in found.stored if r.tier == "hbm"), start=0.0)
-    return Generation(_plain(seconds), found.passes, _plain(cached), _plain(lower), {r: _plain(x) for r, x in busy.items()})
+    return Generation(
+        _plain(seconds), found.passes, _plain(cached), _plain(lower), {r: _plain(x) for r, x in busy.items()},
+        max(sigma, e.machine.least_sigma),
+    )  # fmt: skip
 
 
 def _schedule(e: Estimator, n: Num, p: Pass) -> Node:
     """Operators of one pass, with a share of the layers, and what runs beside them."""
     whole = e.lower(Phase((Group(n, p.new, p.cached),), logits="all", causal=False)).schedule
     assert isinstance(whole, Seq)
-    items = tuple(replace(x, times=x.times * p.layers) if isinstance(x, Repeat) else x for x in whole.items)
+    share = dict(p.only)
+    items = tuple(
+        replace(x, times=x.times * p.layers * (share.get(x.name, 0.0) if share else 1.0)) if isinstance(x, Repeat) else x
+        for x in whole.items
+    )
     return Seq((*items, *p.ops), whole.name)
 
 

@@ -72,6 +72,7 @@ def estimate(
 
 def check_request(model: Model, batch: int, isl: int, osl: int, prefix: int) -> None:
     """Raise SpecError for sizes that are not whole or positive, or beyond the alphabet's range or the model's."""
+    model.require_next_token()
     sizes = (("batch", batch, 1, "B"), ("isl", isl, 1, "Q"), ("osl", osl, 1, "Q"), ("prefix", prefix, 0, "Q"))
     for name, value, least, letter in sizes:
         whole = isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and value % 1 == 0
@@ -120,12 +121,7 @@ def _times(first: Parts, step: tuple[float, Parts] | None, osl: int) -> dict[str
 def _throughput(e: Estimator, times: dict[str, Any], batch: int, osl: int, price: float | None) -> dict[str, Any]:
     rate = batch * osl / times["e2e_s"]
     devices = int(e.par.devices)
-    node_price = price
-    source = "given" if price is not None else None
-    if price is None:
-        offer = prices.on_demand(e.machine.node.name) if e.machine.node else None
-        node_price, source = (offer.usd_per_s, offer.source) if offer else (None, None)
-    usd = node_price * devices / e.machine.devices_per_node if node_price is not None else None
+    usd, source = instance_price(e, price)
     return {
         "output_tokens_per_s": rate,
         "output_tokens_per_s_per_device": rate / devices,
@@ -133,6 +129,15 @@ def _throughput(e: Estimator, times: dict[str, Any], batch: int, osl: int, price
         "usd_per_hour": usd * 3600 if usd is not None else None,
         "price_source": source,
     }
+
+
+def instance_price(e: Estimator, price: float | None) -> tuple[float | None, str | None]:
+    """USD/s of the instance's devices and where that is from: `price` [USD/s] of a whole node, else the catalogue's."""
+    source = "given" if price is not None else None
+    if price is None:
+        offer = prices.on_demand(e.machine.node.name) if e.machine.node else None
+        price, source = (offer.usd_per_s, offer.source) if offer else (None, None)
+    return (price * int(e.par.devices) / e.machine.devices_per_node if price is not None else None), source
 
 
 def _configuration(e: Estimator, batch: int, isl: int, osl: int, prefix: int) -> dict[str, Any]:

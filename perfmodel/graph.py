@@ -15,6 +15,7 @@ from perfmodel.ops import elementwise
 from perfmodel.ops.attention import attention, attention_cache
 from perfmodel.ops.cached import cache_site, edited, stored_cache
 from perfmodel.ops.collective import collective
+from perfmodel.ops.convolution import convolution, cross_attention
 from perfmodel.ops.gemm import gemm, linear
 from perfmodel.ops.mla import latent_attention, latent_cache
 from perfmodel.ops.moe import dense_ffn, moe_ffn
@@ -82,7 +83,7 @@ def lower(model: Model, phase: Phase, par: Parallelism, formats: Formats) -> Pro
     longest_stage = ceil(layers / par.pp) * par.pp / layers
     for name, count in model.block_counts().items():
         for layers, some in _alike(count, shard):
-            body = _arranged(model.blocks[name], some, name, layers)
+            body = _arranged(model.blocks[name], _at_its_scale(model.blocks[name], some), name, layers)
             items.append(Repeat(body, layers * longest_stage, name))
     items.append(_head(model, shard, phase))
     for technique in formats.techniques:
@@ -92,6 +93,15 @@ def lower(model: Model, phase: Phase, par: Parallelism, formats: Formats) -> Pro
         hop = collective("stage_hop", "p2p", hidden, formats.act.width, par.pp, stride=par.group)
         items.append(Repeat(hop, par.pp - 1, "pipeline"))
     return Program(Seq(tuple(items), "pass"))
+
+
+def _at_its_scale(block: Block, s: Shard) -> Shard:
+    """The pass as a layer sees it that has a width or a resolution of its own."""
+    if is_one(block.shrink) and not block.width:
+        return s
+    area = block.shrink**2
+    groups = tuple(replace(g, q=g.q / area, c=g.c / area) for g in s.groups)
+    return replace(s, hidden=block.width or s.hidden, groups=groups)
 
 
 def _alike(count: Num, s: Shard) -> list[tuple[Num, Shard]]:
@@ -220,6 +230,8 @@ def _block_operators(block: Block, s: Shard) -> list[Op]:
         # Parallel branches are summed before one shared all-reduce.
         if not (block.parallel and block.ffn is not None):
             ops += _all_reduce("mixer_all_reduce", s)
+    if block.cross is not None:
+        ops += [*norm("cross_norm"), *cross_attention(block.cross, s), *_all_reduce("cross_all_reduce", s)]
     if block.ffn is not None:
         if block.mixer is not None:
             ops += norm("post_norm")
@@ -245,6 +257,8 @@ def _mixer(mixer: Any, s: Shard) -> list[Op]:
             return attention(mixer, s)
         case "latent":
             return latent_attention(mixer, s)
+        case "convolution":
+            return convolution(mixer, s)
         case _:
             return recurrent_mixer(mixer, s)
 
@@ -355,7 +369,7 @@ def _edited_cache(
 def _mixer_cache(
     mixer: Any, sequences: Num, tokens: Num, par: Parallelism, f: Formats, name: str, hidden: Num, layers: Num
 ) -> list[Residency]:
-    if mixer is None:
+    if mixer is None or mixer.kind == "convolution":
         return []
     total = sequences * tokens / par.cp
     if f.techniques and mixer.kind in ("attention", "latent"):

@@ -22,6 +22,8 @@ from typing import Any, Literal, NamedTuple
 from perfmodel.spec.model import (
     Attention,
     Block,
+    Convolution,
+    CrossAttention,
     GatedDeltaNet,
     Indexer,
     LatentAttention,
@@ -36,7 +38,7 @@ from perfmodel.spec.model import (
 
 Part = Literal[
     "attention", "latent", "ssm", "dense_ffn", "experts", "shared", "router", "norm", "embedding", "head", "vision",
-    "other",
+    "convolution", "other",
 ]  # fmt: skip
 # An integer, a NumPy array or a SymPy expression.
 Number = Any
@@ -93,6 +95,8 @@ def mixer_weights(mixer: Mixer | None, hidden: Number) -> list[Weight]:
             return _deltanet(mixer, hidden)
         case "lightning":
             return _lightning(mixer, hidden)
+        case "convolution":
+            return _convolution(mixer, hidden)
 
 
 def _attention(a: Attention, hidden: Number) -> list[Weight]:
@@ -125,6 +129,32 @@ def _attention(a: Attention, hidden: Number) -> list[Weight]:
     if a.sinks:
         weights.append(_vector("sinks", a.heads, part))
     return weights
+
+
+def _convolution(c: Convolution, width: Number) -> list[Weight]:
+    """Kernels of kernel^2 x inputs x width as matrices that map a window to a vector, and what stands beside them."""
+    part: Part = "convolution"
+    weights = []
+    for i in range(c.convolutions):
+        inputs = width if i else c.inputs
+        if i < c.norms:
+            weights.append(_vector(f"group_norm_{i}", 2 * inputs, "norm"))
+        weights += [_matrix(f"conv_{i}", width, inputs * c.kernel**2, part), _vector(f"conv_{i}_bias", width, part)]
+    if c.condition:
+        weights += [_matrix("condition", width, c.condition, "other"), _vector("condition_bias", width, "other")]
+    if c.shortcut:
+        weights += [_matrix("shortcut", width, c.inputs, part), _vector("shortcut_bias", width, part)]
+    return weights
+
+
+def cross_weights(c: CrossAttention | None, hidden: Number) -> list[Weight]:
+    """Projections of cross-attention: queries from the layer's width, keys and values from the other encoder's."""
+    if c is None:
+        return []
+    rows = c.heads * c.head_dim
+    inward = [("cross_q_proj", hidden), ("cross_k_proj", c.context), ("cross_v_proj", c.context)]
+    matrices = [_matrix(name, rows, cols, "attention") for name, cols in inward]
+    return [*matrices, _matrix("cross_o_proj", hidden, rows, "attention"), _vector("cross_o_bias", hidden, "attention")]
 
 
 def _latent(a: LatentAttention, hidden: Number) -> list[Weight]:
@@ -271,8 +301,9 @@ _NORM_VECTORS = {"rms": 1, "layer": 2, "none": 0}
 
 
 def block_weights(block: Block, hidden: Number) -> list[Weight]:
-    """Every tensor of one layer."""
-    weights = mixer_weights(block.mixer, hidden) + ffn_weights(block.ffn, hidden)
+    """Every tensor of one layer; `hidden` is the model's, which the layer's own width prevails over."""
+    hidden = hidden if _absent(block.width) else block.width
+    weights = mixer_weights(block.mixer, hidden) + cross_weights(block.cross, hidden) + ffn_weights(block.ffn, hidden)
     if vectors := _NORM_VECTORS[block.norm]:
         weights += [_vector(f"norm_{i}", vectors * hidden, "norm") for i in range(block.norms)]
     if not _absent(block.modulation):

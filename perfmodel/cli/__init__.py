@@ -19,6 +19,7 @@ __all__ = ["main"]
         name.replace("_", "-"): f"perfmodel.cli.{name}:{name}"
         for name in (
             "estimate",
+            "denoise",
             "explain",
             "plan",
             "replay",

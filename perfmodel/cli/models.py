@@ -120,7 +120,10 @@ def page(model: Model, data: dict[str, Any]) -> str:
         rows.append(["  beside them", tally(data["mtp_parameters"]), "in multi-token-prediction modules"])
     formats = data["dtype"] + (f", experts {data['expert_dtype']}" if data["expert_dtype"] else "")
     rows.append(["weights", size(data["weight_bytes"]), f"as the checkpoint stores them, mostly {formats}"])
-    if kv := data["kv_bytes_per_token"]:
+    if model.denoises:
+        each = f", {model.token_edge} x {model.token_edge} pixels each" if model.token_edge else ""
+        rows.append(["denoises", f"{model.denoises}s", f"all tokens in every step{each}"])
+    elif kv := data["kv_bytes_per_token"]:
         rows.append(["KV cache", f"{size(kv)} per token", f"{kv:,.0f} B in {data['kv_dtype']}, all layers"])
     if state := data["state_bytes_per_sequence"]:
         rows.append(["state", f"{size(state)} per sequence", "recurrent layers"])
@@ -141,7 +144,9 @@ def page(model: Model, data: dict[str, Any]) -> str:
 
 def _block(block: Block) -> str:
     """A layer in a line: the kind of each half and its sizes that are not zero."""
-    return "; ".join(_record(half) for half in (block.mixer, block.ffn) if half is not None) or "empty"
+    cross = [f"cross-attention: {_pairs(block.cross)}"] if block.cross else []
+    parts = [*([_record(block.mixer)] if block.mixer else []), *cross, *([_record(block.ffn)] if block.ffn else [])]
+    return "; ".join(parts) or "empty"
 
 
 def _record(record: Any) -> str:

@@ -131,6 +131,11 @@ def _apply(options: tuple[Any, ...], function: F) -> F:
     return function
 
 
+def instance_options(function: F) -> F:
+    """Model, hardware, degrees and formats of one instance."""
+    return _apply(_INSTANCE, function)
+
+
 def estimate_options(function: F) -> F:
     """Everything one estimate is asked with; the verb's class is `FromPlan`."""
     return _apply((*_INSTANCE, *_REQUEST, *_PLAN), function)

@@ -104,7 +104,7 @@ def plan(
         document = yaml.Document({**document.data, **changes}, document.file, document.lines)
     spec = yaml.validate(document, PlanFile)
     for service in spec.served:
-        catalog.load_model(service.model)
+        catalog.load_model(service.model).require_next_token()
     check_plan(spec, document)
     check_quality(spec, document)
     lines = {i: document.line(("fleet", i)) for i in range(len(spec.fleet))}

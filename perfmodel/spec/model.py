@@ -11,6 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from perfmodel.errors import SpecError
 from perfmodel.spec.base import Count, Natural, Source, Spec
 
 
@@ -114,9 +115,42 @@ class Lightning(Spec):
     head_dim: Count
 
 
+class Convolution(Spec):
+    """Convolutions over the latents of an image, one after another: a residual unit, a projection or a change of
+    resolution of a U-Net (arXiv:1505.04597, as conditioned in arXiv:2112.10752). The last gives the block's `width`."""
+
+    kind: Literal["convolution"] = "convolution"
+    inputs: Count
+    """Channels of the input, those joined from the other side of the U included."""
+    kernel: Count = 3
+    """Edge of the kernel; every convolution after the first maps `width` to `width`."""
+    convolutions: Count = 1
+    norms: Natural = 0
+    """How many of them have a group norm and an activation before them."""
+    condition: Natural = 0
+    """Width of the condition (embedding of time) that is projected to a vector of `width` for each image."""
+    shortcut: bool = False
+    """A 1 x 1 convolution carries the input past the others, where inputs and width differ."""
+    joins: bool = False
+    """The input is put together from two tensors."""
+    resample: Literal["none", "down", "up"] = "none"
+    """down: a stride of 2 from a map of twice the edge; up: the input is first spread from half the edge."""
+
+
 Mixer = Annotated[
-    Attention | LatentAttention | Mamba2 | Mamba1 | GatedDeltaNet | Lightning, Field(discriminator="kind")
+    Attention | LatentAttention | Mamba2 | Mamba1 | GatedDeltaNet | Lightning | Convolution,
+    Field(discriminator="kind"),
 ]
+
+
+class CrossAttention(Spec):
+    """Attention of every token to a fixed number of tokens of another encoder (the text of a prompt)."""
+
+    heads: Count
+    head_dim: Count
+    context: Count
+    """Width of the other encoder's output."""
+    tokens: Count
 
 
 class Mlp(Spec):
@@ -165,7 +199,12 @@ class Block(Spec):
     """One kind of layer."""
 
     mixer: Mixer | None = None
+    cross: CrossAttention | None = None
     ffn: Ffn | None = None
+    width: Natural = 0
+    """Channels of this layer; 0: the model's `hidden`."""
+    shrink: Count = 1
+    """Edge, in latents of the input, of what one token of this layer stands for (deeper levels of a U-Net: 2, 4, 8)."""
     norms: Natural = 2
     """How many norms of width `hidden` the layer has (Gemma-2: 4; GPT-J: 1, shared by the parallel branches)."""
     norm: Literal["rms", "layer", "none"] = "rms"
@@ -255,6 +294,10 @@ class Model(Spec):
     )
     """Parts kept at 16 bits when `dtype` is a quantised format."""
     vision: Vision | None = None
+    denoises: Literal["image", "text"] | None = None
+    """A denoiser computes all tokens of an image or a text again in every step, and produces none after another."""
+    token_edge: Natural = 0
+    """Edge, in pixels, of what one token of a denoiser of images stands for."""
     mtp_parameters: Natural = 0
     """Multi-token-prediction modules stored beside the model; never in the total."""
     extra_parameters: Natural = 0
@@ -269,6 +312,14 @@ class Model(Spec):
             for name in group.blocks:
                 if name not in self.blocks:
                     raise ValueError(f"layers name block {name!r}, which is not under blocks")
+        return self
+
+    def require_next_token(self) -> Model:
+        """The model itself; raises SpecError for one that does not generate token by token."""
+        if self.denoises:
+            raise SpecError(
+                f"{self.name} generates by denoising, not token by token: `perfmodel denoise --model {self.name} --steps N`"
+            )
         return self
 
     def block_counts(self) -> dict[str, int]:

@@ -134,6 +134,8 @@ class Pass:
     cached: Num = 0.0
     layers: float = 1.0
     """Share of the layers that run."""
+    only: tuple[tuple[str, float], ...] = ()
+    """Kinds of layers that run, each with the share of its layers that does; empty: every kind, whole."""
     ops: tuple[Op, ...] = ()
     """Operators beside the model's."""
 

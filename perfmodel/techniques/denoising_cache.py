@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import ClassVar
 
+from perfmodel.errors import SpecError
 from perfmodel.ops.cached import cache_site
 from perfmodel.ops.elementwise import pointwise
 from perfmodel.ops.shard import Formats, Parallelism
 from perfmodel.ops.traffic import Residency
-from perfmodel.spec.model import Model
+from perfmodel.spec.model import Convolution, Model
 from perfmodel.symbols import Num, maximum, minimum
 from perfmodel.techniques.base import Denoising, Pass, Technique, knob
 
@@ -30,6 +31,8 @@ class DenoisingCache(Technique):
     first: int = knob(0, "first steps that always run", "step", low=0, high=10_000)
     last: int = knob(0, "last steps that always run", "step", low=0, high=10_000)
     reused: float = knob(0.0, "share of the layers whose output is reused in steps that run", low=0, high=1)
+    branch: int = knob(-1, "units at the outside of a U-Net that a skipped step still runs; -1: none, not even the last", low=-1,
+                       high=100)  # fmt: skip
     estimator: float = knob(0.0, "tensors of tokens x hidden that an estimator reads each step", low=0, high=100)
     tensors: float = knob(1.0, "tensors of tokens x hidden stored for skipped steps", low=0, high=1000)
 
@@ -54,10 +57,30 @@ class DenoisingCache(Technique):
             passes.append(replace(p, times=p.times - skipped, layers=p.layers * (1 - self.reused), ops=(*p.ops, *watch, *again)))
             if self.skipped:
                 residual = pointwise("reused_output", each, width, reads=2, flops=1)
-                passes.append(replace(p, times=skipped, layers=0.0, ops=(*watch, residual)))
+                rest = replace(p, only=_outer_units(model, self.branch)) if self.branch >= 0 else replace(p, layers=0.0)
+                passes.append(replace(rest, times=skipped, ops=(*watch, residual)))
         held = layers + (self.tensors if self.skipped or self.estimator else 0.0)
         kept_tensors = Residency("state", "denoising-cache", held * batch * tokens * model.hidden, width)
         return Denoising(tuple(passes), (*denoising.stored, kept_tensors))
+
+
+def _outer_units(model: Model, branch: int) -> tuple[tuple[str, float], ...]:
+    """Kinds of layers in the first `branch` units and the last `branch + 1`, each with the share of its layers there.
+
+    A unit goes from one convolution over neighbours to the next; on the way up a change of resolution belongs to the unit
+    before it. Raises SpecError where the model has none.
+    """
+    order = [name for group in model.layers for _ in range(group.repeat) for name in group.blocks]
+    mixers = [model.blocks[name].mixer for name in order]
+    starts = [i for i, m in enumerate(mixers) if isinstance(m, Convolution) and m.kernel > 1]
+    residual = [i for i in starts if getattr(mixers[i], "resample", "") == "none"]
+    if not starts:
+        raise SpecError(f"branch names units of a U-Net; {model.name} has no convolutions: leave it at -1")
+    if branch + 1 >= len(residual) // 2:
+        raise SpecError(f"{model.name} has {len(residual)} residual units: branch may be {len(residual) // 2 - 2} at most")
+    run = [*order[: starts[branch]], *order[residual[-branch - 1] :]]
+    counts = model.block_counts()
+    return tuple((name, run.count(name) / counts[name]) for name in dict.fromkeys(run))
 
 
 class DkvCache(Technique):

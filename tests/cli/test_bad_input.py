@@ -79,7 +79,7 @@ def test_bad_options(cli: Callable[..., Any], more: tuple[object, ...], wanted: 
     ("arguments", "wanted"),
     [
         (("estimat",), ("'estimat'", "did you mean 'estimate'?")),
-        (("frobnicate",), ("'frobnicate'", "estimate, explain, plan, replay, report, emit, lint, place, validate, calibrate, ingest, measure-next, trace, techniques, papers, models, hardware")),
+        (("frobnicate",), ("'frobnicate'", "estimate, denoise, explain, plan, replay, report, emit, lint, place, validate, calibrate, ingest, measure-next, trace, techniques, papers, models, hardware")),
         (("models", "shaw"), ("'shaw'", "did you mean 'show'?")),
         (("models", "show"), ("NAME", "perfmodel models show --help")),
         (("--jsn", "estimate"), ("unknown option '--jsn'",)),

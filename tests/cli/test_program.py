@@ -17,7 +17,7 @@ import perfmodel
 from perfmodel.cli import main
 
 VERBS = (
-    "estimate", "explain", "plan", "replay", "report", "emit", "lint", "place", "validate", "calibrate", "ingest", "measure-next",
+    "estimate", "denoise", "explain", "plan", "replay", "report", "emit", "lint", "place", "validate", "calibrate", "ingest", "measure-next",
     "trace", "techniques", "papers", "models", "hardware",
 )  # fmt: skip
 HEAVY = ("numpy", "sympy", "pulp", "highspy", "plotly", "jinja2", "pydantic", "yaml", "rich", "torch")
