@@ -114,6 +114,23 @@ class Estimator:
             total = total + draft.times * self._draft(draft)._many(batch, new, request.cached, is_decode=False)
         return total
 
+    def fetching(self, new_tokens: float) -> tuple[float, dict[str, float]]:
+        """What a prompt of `new_tokens` waits for look-ups and fetched tokens beyond the pass that computes the rest [s].
+
+        Of the fastest way; with it the seconds that each resource works which the pass alone leaves idle (links, decoders).
+        """
+        ways = requests(self.techniques, Request(new_tokens))
+        way = min(ways, key=lambda w: float(self._request_seconds(1, w)))
+        if not way.loads:
+            return float(way.wait), {}
+        whole, alone = (self._many(1, way.new, way.cached, is_decode=False, loads=x) for x in (way.loads, ()))
+        busy, used = (
+            roofline.cost(self.lower(self._phase(1.0, float(way.new), float(way.cached), False, x)).schedule, self.machine).busy
+            for x in (way.loads, ())
+        )
+        links = {name: float(x) for name, x in busy.items() if name not in used or not float(used[name])}
+        return float(whole - alone + way.wait), links
+
     def decode(self, batch: Num, context: Num) -> Any:
         """Seconds per token of `batch` sequences that attend `context` tokens each, the new one included.
 

@@ -139,6 +139,9 @@ def _serving(s: dict[str, Any]) -> str:
             rows.append([title, ", ".join(f"{k} {seconds(v)}" for k, v in s[f"{name}_s"].items())])
     front = s["front_end"]
     rows.append(["front end", f"{seconds(front['ttft_s'])} of the TTFT, busy {front['utilisation']:.0%} of the time"])
+    if found := s["fetched"]:
+        over = f", {found['over']} busy {found['utilisation']:.0%} of the time" if found["over"] else ""
+        rows.append(["cached tokens", f"{seconds(found['ttft_s'])} of the TTFT{over}"])
     for name, share in s.get("met_share", {}).items():
         rows.append([f"{name.upper()} limit", f"met by {share:.1%} of the requests"])
     if "attainment" in s:

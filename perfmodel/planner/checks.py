@@ -12,7 +12,7 @@ from perfmodel.planner.quality import allowed_name
 from perfmodel.spec.formats import get_format
 from perfmodel.spec.plan import PlanFile
 from perfmodel.spec.yaml import Document
-from perfmodel.techniques.base import finding
+from perfmodel.techniques.base import beforehand
 from perfmodel.techniques.registry import techniques
 
 
@@ -40,8 +40,11 @@ def check_plan(spec: PlanFile, document: Document) -> None:
     for i, several in enumerate(c.techniques):
         given = (several,) if isinstance(several, str) else several
         known(techniques, given, "choices", "techniques", i)
-        if kind := finding(techniques(given)):
-            why = f"a plan finds cached prompt tokens itself (prefix_caching: true); leave {kind} out"
+        if kind := beforehand(techniques(given)):
+            why = (
+                f"a plan finds cached prompt tokens itself (prefix_caching: true), and knows no other look-ups, waits or stored "
+                f"answers; leave {kind} out"
+            )
             refuse(why, "choices", "techniques", i)
     for i, item in enumerate(spec.fleet):
         if item.region and item.region not in spec.regions:

@@ -52,14 +52,18 @@ def serving_summary(
         rate = _closed_loop_rate(instance, mix, concurrency, lambda s: _outside(e, s, mix), carried)
     assert rate is not None
     state = instance.state(rate, mix)
+    fetched, link, busy = _fetched(e, rate, mix)
     reason = state.reason or ("the front end saturates" if rate >= carried else "")
+    reason = reason or (f"{link} cannot deliver the cached prompt tokens" if busy >= 1 else "")
     if reason:
-        most = _below(min(goodput.highest_rate(instance, mix), _LEAVES * carried) / reaches)
+        delivered = rate / busy if busy else math.inf
+        most = _below(min(goodput.highest_rate(instance, mix), _LEAVES * min(carried, delivered)) / reaches)
         raise Infeasible(f"{rate / reaches:.3g} requests/s: {reason}", nearest=f"--rate {most}", binding=(reason,))
     outside = _outside(e, state, mix)
     result: dict[str, Any] = {
         "rate_per_s": rate / reaches, "concurrency": concurrency or rate * (_residence(instance, state, mix) + outside),
-        "front_end": {"ttft_s": outside, "utilisation": rate / carried},
+        "front_end": {"ttft_s": outside - fetched, "utilisation": rate / carried},
+        "fetched": {"ttft_s": fetched, "over": link, "utilisation": busy} if fetched else None,
         "decode_batch": state.batch, "prefill_utilisation": state.utilisation, "kv_share": state.kv_share,
         "output_tokens_per_s": rate * osl,
     }  # fmt: skip
@@ -101,8 +105,21 @@ def _memory(e: Estimator, instance: Instance, s: State, mix: Mix) -> dict[str, A
 
 
 def _outside(e: Estimator, s: State, mix: Mix) -> float:
-    """Seconds of a first token outside the engine's steps; infinite where the front end saturates."""
-    return float(frontend.before_engine(e.engine, s, mix)[0])
+    """Seconds of a first token outside the engine's steps, infinite where what it waits for saturates."""
+    return float(frontend.before_engine(e.engine, s, mix)[0]) + _fetched(e, s.rate, mix)[0]
+
+
+def _fetched(e: Estimator, rate: float, mix: Mix) -> tuple[float, str, float]:
+    """Wait for what is looked up and fetched of a prompt [s], the busiest link or decoder of it, and its busy share.
+
+    Beyond what the prompt's own pass hides, a fetch waits for those before it: M/D/1, rho x seconds / (2 (1 - rho)).
+    """
+    wait, links = e.fetching(float(mix.input[0]))
+    if not links:
+        return wait, "", 0.0
+    name = max(links, key=lambda x: links[x])
+    busy = rate / float(e.par.dp) * links[name]
+    return wait + (busy * links[name] / (2 * (1 - busy)) if busy < 1 else math.inf), name.replace("_", " "), busy
 
 
 def _below(rate: float) -> str:
@@ -133,7 +150,7 @@ def _against(e: Estimator, instance: Instance, state: State, mix: Mix, goals: go
 
 def _fixed_shape(e: Estimator, isl: int, osl: int) -> tuple[Mix, Instance]:
     """An instance that serves requests of one shape."""
-    # What techniques find of a prompt is not computed; what they fetch for it is taken to arrive behind the computation.
+    # What techniques find of a prompt is not computed; `_outside` has the wait for what they fetch.
     found = math.floor(float(e.request(isl).cached))
     mix = Mix(np.array([float(isl)]), np.array([float(osl)]), np.ones(1), np.array([float(found)]) if found else None)
     per_token = (

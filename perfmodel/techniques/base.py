@@ -293,6 +293,13 @@ def finding(techniques: tuple[Technique, ...]) -> str:
     return next((t.kind for t in techniques if t.request(prompt).cached > 0), "")
 
 
+def beforehand(techniques: tuple[Technique, ...]) -> str:
+    """The kind that finds, delays or answers requests before the model sees them, which queues must follow one by one."""
+    prompt = Request(1e6)
+    met = ((t.kind, t.request(prompt)) for t in techniques)
+    return next((kind for kind, r in met if float(r.cached) > 0 or float(r.wait) > 0 or float(r.answered) > 0), "")
+
+
 def require_cache(kind: str, model: Model) -> None:
     """Raise SpecError for a model whose layers cache no keys and values (or latents)."""
     if not any(isinstance(b.mixer, (Attention, LatentAttention)) for b in model.blocks.values()):

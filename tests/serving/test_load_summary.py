@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from perfmodel import calibration
-from perfmodel.errors import Infeasible
+from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.serving import batching, frontend
+from perfmodel.serving.replay.deploy import deploy
+from perfmodel.serving.requests import Requests
+from perfmodel.spec.deployment import Deployment
 
 SHAPE = {"isl": 1000, "osl": 200}
 
@@ -91,3 +94,49 @@ def test_memory_fills_as_the_rate_grows() -> None:
     link = 2 * 131_072 * 1008 / 32e9
     assert link < last["swapped_s"] / last["preemptions_per_request"] < 1.6 * link
     assert last["repeated_s"] / last["preemptions_per_request"] == pytest.approx(float(e.prefill(1, 1000)), rel=0.3)
+
+
+@pytest.mark.parametrize(("technique", "seconds"), [("prefix-cache:device=0.5,lookup=2", 2.0), ("prefix-cache:device=0.5", 0.0)])
+def test_a_look_up_delays_first_tokens(technique: str, seconds: float) -> None:
+    """What hides behind nothing comes on top: a look-up of 2 s makes every quantile 2 s later, and no token slower."""
+    plain, found = (summary(Estimator("llama-3.1-8b", "h100-sxm", techniques=[t]), 2) for t in ("prefix-cache:device=0.5", technique))
+    assert (found["fetched"] or {"ttft_s": 0.0})["ttft_s"] == pytest.approx(seconds)
+    for p in ("p50", "p99"):
+        assert found["ttft_s"][p] == pytest.approx(plain["ttft_s"][p] + seconds)
+    assert found["tpot_s"] == plain["tpot_s"]
+
+
+def test_a_drive_delivers_what_it_can() -> None:
+    """7,200 tokens of 131,072 B a request: the rate is the drive's over that, and a fetch waits for others as M/D/1 says."""
+    e = Estimator("llama-3.1-8b", "h100-sxm", techniques=["prefix-cache:drive=0.9"])
+
+    def loaded(rate: float | None = None, concurrency: int | None = None) -> dict[str, Any]:
+        return batching.serving_summary(e, 8000, 50, rate=rate, concurrency=concurrency, ttft=None, tpot=None)
+
+    each = e.fetching(8000)[1]["drive"]
+    assert 7200 * 131072 / 14e9 < each < 7200 * 131072 / 5e9  # a PCIe 5 x4 drive reads 14 GB/s at best
+    quiet, busy = loaded(0.01), loaded(0.8 / each)
+    assert busy["fetched"]["utilisation"] == pytest.approx(0.8)
+    assert busy["fetched"]["ttft_s"] - quiet["fetched"]["ttft_s"] == pytest.approx(0.8 * each / (2 * 0.2), rel=0.02)
+    with pytest.raises(Infeasible, match="drive cannot deliver") as refused:
+        loaded(1.05 / each)
+    nearest = float(str(refused.value.nearest).split()[-1])
+    assert 0.98 / each < nearest < 1 / each
+    assert loaded(nearest)["fetched"]["utilisation"] < 1
+    assert loaded(concurrency=200)["rate_per_s"] < 1 / each
+
+
+@pytest.mark.parametrize(
+    ("model", "techniques", "said"),
+    [
+        ("llama-3.1-8b", ["prefix-cache:lookup=0.1"], "stored answers; leave prefix-cache out"),
+        ("llama-3.1-8b", ["prefix-cache:answered=0.2"], "stored answers; leave prefix-cache out"),
+        ("llama-3.1-8b", ["prefix-cache:host=0.5"], "stored answers; leave prefix-cache out"),
+        ("llada-8b", [], "perfmodel denoise"),
+    ],
+)
+def test_a_replay_leaves_nothing_out(model: str, techniques: list[str], said: str) -> None:
+    one = {"model": model, "pools": [{"hardware": "hgx-h100-8", "techniques": techniques}]}
+    requests = Requests(np.array([0.0, 1.0]), np.array([500, 500]), np.array([10, 10]))
+    with pytest.raises(SpecError, match=said):
+        deploy(Deployment.model_validate(one), requests)

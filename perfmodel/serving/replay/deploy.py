@@ -24,7 +24,7 @@ from perfmodel.serving.replay.prefix import Tier
 from perfmodel.serving.replay.settings import Settings
 from perfmodel.serving.requests import Requests, check_positions
 from perfmodel.spec.deployment import Deployment, PoolSpec
-from perfmodel.techniques.base import finding
+from perfmodel.techniques.base import beforehand
 
 _MOST_INSTANCES = 100_000  # each takes memory of its own
 
@@ -107,8 +107,12 @@ def _estimator(d: Deployment, p: PoolSpec) -> Estimator:
         d.model, p.hardware, tp=p.tp, pp=p.pp, dp=p.dp, cp=p.cp, ep=p.ep, engine=d.engine, weight_dtype=p.weight_dtype,
         kv_dtype=p.kv_dtype, mem_fraction=d.mem_fraction, techniques=p.techniques,
     )  # fmt: skip
-    if kind := finding(e.techniques):
-        raise SpecError(f"a replay finds cached prompt tokens itself (prefix_caching: true); leave {kind} out of the techniques")
+    e.model.require_next_token()
+    if kind := beforehand(e.techniques):
+        raise SpecError(
+            f"a replay finds cached prompt tokens itself (prefix_caching: true), and knows no other look-ups, waits or stored answers; "
+            f"leave {kind} out of the techniques"
+        )
     if p.role != "encode":
         e.require_fit()
     return e
