@@ -155,8 +155,8 @@ class Estimator:
     def _round_seconds(self, r: Round, batch: Num, context: Num) -> Any:
         """Seconds of one round: drafts, then the model's pass; runs in flight follow at the pace of the slowest stage.
 
-        With f runs in the pipeline the interval is i = max(pass / f, drafts beside it). A run that voids those behind it
-        costs a whole pass and the rest of a stage that a void run holds: i + broken (pass - i + stuck i).
+        With f runs in the pipeline the interval is i = max(pass / f, drafts beside it). A plain run after a rejection takes
+        its whole pass of one token, and the rest of a stage that a void run holds: (1 - broken) i + broken (plain + stuck i).
         """
         context = np.asarray(context)
         whole = self._many(batch, r.new, context - 1, is_decode=True)
@@ -166,11 +166,11 @@ class Estimator:
             times = draft.times * (r.tokens if draft.per_token else 1)
             passes = times * self._draft_seconds(draft, batch, context)
             waited, beside = (waited, beside + passes) if draft.aside else (waited + passes, beside)
-        whole = whole + waited
-        runs = np.minimum(r.in_flight, self.par.pp / self._micro(batch))
-        interval = np.maximum(whole / runs, beside)
-        total = interval + r.broken * (np.maximum(whole, interval) - interval + r.stuck * interval)
-        return total if np.ndim(total) else float(total)
+        interval = np.maximum((whole + waited) / np.minimum(r.in_flight, self.par.pp / self._micro(batch)), beside)
+        if r.broken:
+            plain = np.maximum(self._many(batch, 1, context - 1, is_decode=True), interval) + r.stuck * interval
+            interval = (1 - r.broken) * interval + r.broken * plain
+        return interval if np.ndim(interval) else float(interval)
 
     def _chosen(self, batch: float, new: float, context: float, is_decode: bool) -> tuple[float, Request | Round]:
         """The best way to do it with techniques, and its seconds."""

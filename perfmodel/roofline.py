@@ -112,8 +112,8 @@ def op_cost(op: Op, m: Machine) -> Cost:
     together = (d.compute**p + d.vector**p + (d.memory + d.cache) ** p) ** (1 / p)
     # What runs inside another kernel, or in some steps only, waits no more often than it is launched.
     started = m.kernel_latency * op.launches + d.latency * np.minimum(op.launches, 1.0)
-    busy = {"compute": d.compute, "vector": d.vector, "hbm": d.memory, "cache": d.cache, "launch": started}
-    return Cost(together + started, op.launches, busy, _peaks(op, m))
+    busy = {"compute": d.compute, "vector": d.vector, "hbm": d.memory + d.apart, "cache": d.cache, "launch": started}
+    return Cost(together + d.apart + started, op.launches, busy, _peaks(op, m))
 
 
 def _peaks(op: Op, m: Machine) -> dict[str, Num]:

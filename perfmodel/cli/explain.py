@@ -48,18 +48,39 @@ def explain(as_json: bool, paper: str | None, **options: Any) -> None:
 
 def _paper(name: str, as_json: bool) -> None:
     """The two settings that a paper's first predicted claim compares."""
+    from perfmodel.errors import SpecError
     from perfmodel.papers.pair import pair
     from perfmodel.papers.run import load
     from perfmodel.papers.setting import estimator
 
     paper = load(name)
-    before, after = pair(paper)
+    try:
+        before, after = pair(paper)
+    except SpecError as error:
+        if not _pooled(paper, as_json):
+            raise error
+        return
     title = f"{paper.title}\n{before.name} against {after.name}: {after.setting.model} on {after.setting.hardware}"
     plain, changed = estimator(before.setting), estimator(after.setting)
     if before.steps:
         _denoised(plain, changed, (after.batch, after.input, after.steps), title, as_json)
         return
     _compared(plain, changed, before.batch, round(before.input), round(before.output), title, as_json)
+
+
+def _pooled(paper: Any, as_json: bool) -> bool:
+    """Two ways to serve the same requests, under load; whether the paper has them."""
+    from perfmodel.papers.pooled import pooled, text
+
+    found = pooled(paper)
+    if found is None:
+        return False
+    if as_json:
+        echo_json(found.data())
+        return True
+    click.echo(heading(f"{paper.title}\n{found.before.name} against {found.after.name}"))
+    click.echo(text(found))
+    return True
 
 
 def _compared(before: Any, after: Any, batch: float, isl: int, osl: int, title: str, as_json: bool) -> None:

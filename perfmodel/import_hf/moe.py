@@ -164,6 +164,12 @@ def glm4_moe(config: Config) -> Fields:
     return leading_dense(config, attention(config, qk_norm=norm, **bias(config)), router_bias=True)
 
 
+@family("DeepseekForCausalLM")
+def deepseek_moe(config: Config) -> Fields:
+    """DeepSeekMoE 16B: ordinary attention, one dense layer, then mixtures with shared experts (arXiv:2401.06066)."""
+    return leading_dense(config, attention(config, **bias(config)), router_bias=False)
+
+
 def leading_dense(config: Config, mixer: Fields, *, router_bias: bool, copies: bool = True) -> Fields:
     """DeepSeek's layout: `first_k_dense_replace` dense layers, then mixtures with shared experts.
 

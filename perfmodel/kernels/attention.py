@@ -25,7 +25,7 @@ def attention(op: Op, m: Machine) -> Demands:
     A work item is one query tile of one KV head of one sequence. Its unit is busy for a start (loads of the queries and
     the first keys), the padded products, and the store of the output where no other item hides it; the whole kernel for
     the longest item, or for an even share of all items and half an item more. Memory is shared by the units that load,
-    none faster than `attention_load_rate`.
+    none faster than `attention_load_rate`; what a kernel of its own copies before (`copied`) streams at the whole rate.
     """
     d = streaming(op, m)
     w = _work(op, m)
@@ -35,7 +35,14 @@ def attention(op: Op, m: Machine) -> Demands:
     share = np.minimum(np.minimum(1.0, w.parts / m.units) * runs, m.units * m.law["attention_load_rate"] / rate)
     # The kernel lasts until its fullest unit is done; pages that lie apart are read more slowly.
     uneven = op.shape.get("uneven", 1.0)
-    d.memory = d.memory / share * uneven * op.shape.get("scattered", 1.0)
+    copied = op.shape.get("copied", 0.0) / rate
+    scattered = op.shape.get("scattered", 1.0)
+    streamed = d.memory - copied
+    d.memory = streamed / share * uneven * scattered
+    if scattered < 1:
+        # A kernel faster than the calibrated ones still reads no faster than the memory delivers.
+        d.memory = np.maximum(d.memory, streamed * m.bandwidth_efficiency)
+    d.apart = copied + op.shape.get("lag", 0.0) / rate
     tail = w.tail * uneven
     starts = m.law["attention_item_start"] * np.maximum(w.items / np.maximum(m.units, _SLOTS) / w.together, 1.0)
     stored = sum((t.bytes for t in op.traffic if t.direction == "write"), start=0.0)
@@ -47,10 +54,15 @@ def attention(op: Op, m: Machine) -> Demands:
         rebuilt = op.shape.get("rebuild", 0.0)
         padded = (op.flops[dtype] - rebuilt) * w.padding / _rate(dtype, m)
         plain = (op.flops[dtype] - rebuilt) / (m.vector * m.vector_efficiency)
-        on_matrix = ~w.alone & ((m.law["attention_packing"] > 0) | ~w.decode | (padded <= plain))
+        chosen = np.asarray((m.law["attention_packing"] > 0) & (op.shape.get("library", 0.0) == 0))
+        on_matrix = ~w.alone & (chosen | ~w.decode | (padded <= plain))
         d.compute = d.compute + tail * (np.where(on_matrix, padded, np.where(w.alone, 0.0, plain)) + rebuilt / _rate(dtype, m))
         padding = np.where(on_matrix, w.padding, 1.0)
         again = np.where(w.alone, plain + unpacking(op, m) * (op.shape["heads"] / op.shape["kv_heads"] - 1), 0.0)
+    if "joined" in op.shape:
+        # Two items of a unit: one multiplies while the other adds up.
+        power, joined = np.where(w.together > 1, m.law["overlap_power"], 1.0), op.shape["joined"] * tail
+        d.compute = (d.compute**power + joined**power) ** (1 / power)
     d.vector = d.vector * padding * tail + (unpacking(op, m) + again) * tail
     d.latency = d.latency + m.law["attention_latency"]
     return d

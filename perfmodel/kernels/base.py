@@ -15,13 +15,17 @@ STORED = ("weights", "experts", "kv", "state")
 
 @dataclass
 class Demands:
-    """Seconds one kernel keeps each resource busy at achieved rates; `latency` overlaps with nothing."""
+    """Seconds one kernel keeps each resource busy at achieved rates; `latency` overlaps with nothing.
+
+    Nor does `apart`, in which kernels of their own move bytes before it.
+    """
 
     compute: Num = 0.0
     vector: Num = 0.0
     memory: Num = 0.0
     cache: Num = 0.0
     latency: Num = 0.0
+    apart: Num = 0.0
 
 
 def stored_bytes(op: Op) -> Num:

@@ -15,6 +15,7 @@ from perfmodel.spec.model import Attention
 from perfmodel.symbols import Num, is_one, maximum
 
 KERNELS = ("attention", "latent_attention")
+_SHARED_OUT = ("pairs", "unpack", "rebuild", "copied", "lag")  # of a kernel's shape, among the ranks that share its context
 
 
 def softmax_attention(
@@ -138,7 +139,7 @@ def context_parallel(ops: list[Op], s: Shard, group: Group, kv_elements: Num, pa
 def _cut(op: Op, group: Group, cp: Num) -> Op:
     """One rank's part of an attention kernel: in decode of the keys, in prefill of the queries."""
     flops = {unit: count / cp for unit, count in op.flops.items()}
-    shape = {**op.shape, **{key: op.shape[key] / cp for key in ("pairs", "unpack", "rebuild") if key in op.shape}}
+    shape = {**op.shape, **{key: op.shape[key] / cp for key in _SHARED_OUT if key in op.shape}}
     length, divided = ("kv_len", "kv") if group.decode else ("q", "activations")
     shape[length] = op.shape[length] / cp
     traffic = tuple(replace(t, elements=t.elements / cp) if t.tensor == divided else t for t in op.traffic)

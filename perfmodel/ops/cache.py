@@ -53,6 +53,8 @@ class Segment:
     """Vector operations per read element before it can be multiplied."""
     copied: Num = 0.0
     """Bytes per read element that pass device memory once more, as a copy that attention reads."""
+    lag: Num = 0.0
+    """Bytes per read element that could have streamed in the time by which that copy is slower than a stream."""
     rebuild: Num = 0.0
     """Matrix FLOPs per read token and layer that restore keys or values (all KV heads of the device)."""
     owned: bool = True

@@ -168,6 +168,8 @@ def _on_device(op: Op, group: Group, cache: Cache, site: Site, visible: Num) -> 
     traffic = [t for t in op.traffic if t.tensor != "kv"]
     vector: Num = 0.0
     matrix: Num = 0.0
+    copied: Num = 0.0
+    lag: Num = 0.0
     for run, s in _segments(cache):
         if s.on:
             continue
@@ -176,6 +178,7 @@ def _on_device(op: Op, group: Group, cache: Cache, site: Site, visible: Num) -> 
         traffic.append(read("kv", elements, s.width))
         if not isinstance(s.copied, float) or s.copied:
             traffic.append(read("kv", elements, s.copied))
+            copied, lag = copied + elements * s.copied, lag + elements * s.lag
         vector = vector + s.unpack * elements
         matrix = matrix + s.rebuild * tokens * run.heads
     if not group.decode:
@@ -183,8 +186,9 @@ def _on_device(op: Op, group: Group, cache: Cache, site: Site, visible: Num) -> 
     flops[unit] = flops[unit] + matrix
     # Unpacking and rebuilding are per element of the cache, whatever the tile of queries pads.
     shape = {**op.shape, "kv_len": length, "pairs": pairs, "unpack": vector, "rebuild": matrix}
-    # Copies are written by a kernel of their own.
+    # Copies are written by a kernel of their own, which streams whatever the attention kernel can make of its items.
     apart = any(not isinstance(s.copied, (int, float)) or s.copied > 0 for _, s in _segments(cache) if not s.on)
+    shape |= {"copied": copied, "lag": lag} if apart else {}
     return replace(op, flops=flops, traffic=tuple(traffic), shape=shape, launches=op.launches + apart)
 
 

@@ -10,6 +10,8 @@ from perfmodel import memory, parameters
 from perfmodel.engine_memory.reserve import layer_activations
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
+from perfmodel.kernels.elsewhere import rates
+from perfmodel.kernels.transfer import host_copy_seconds
 from perfmodel.machine import Machine, machine
 from perfmodel.ops.shard import checkpoint_formats
 from perfmodel.papers.setting import Resolved, estimator
@@ -51,7 +53,7 @@ class Facts:
     def working_output(self) -> float:
         """Output tokens of the sequences at work: one of twice the length is at work twice as long, so a mean m of a coefficient
         of variation c becomes m (1 + c^2) in continuous batching."""
-        spread = 0.0 if self.setting.batching == "static" else self._value("output_spread")
+        spread = 0.0 if self.setting.static else self._value("output_spread")
         return self.output * (1 + spread**2)
 
     @property
@@ -127,6 +129,11 @@ class Facts:
         return float(self._machine.vector)
 
     @property
+    def achieved_vector(self) -> float:
+        """FP32 rate that the vector units reach [FLOP/s]."""
+        return float(self._machine.vector * self._machine.vector_efficiency)
+
+    @property
     def peak_exp(self) -> float:
         """Special-function results per second."""
         return float(self._machine.exp)
@@ -167,6 +174,11 @@ class Facts:
         return float(self._machine.host_link)
 
     @property
+    def achieved_host_link(self) -> float:
+        """Rate that long copies between a device and the host reach, one direction [byte/s]."""
+        return 1e9 / float(host_copy_seconds(self._machine, 1e9))
+
+    @property
     def host_memory(self) -> float:
         """Memory of the node's host [byte]."""
         return float(self._node_host().memory)
@@ -175,6 +187,11 @@ class Facts:
     def host_bandwidth(self) -> float:
         """Memory bandwidth of the node's host [byte/s]."""
         return float(self._node_host().memory_bandwidth)
+
+    @property
+    def achieved_host_bandwidth(self) -> float:
+        """Rate at which the processors of one device's share of the host read memory in long runs [byte/s]."""
+        return float(rates("cpu", self._machine).bandwidth)
 
     def _node_host(self) -> Host:
         node = self._machine.node
@@ -255,14 +272,29 @@ class Facts:
     @property
     def max_batch(self) -> float:
         """Sequences that fit: of their mean length in continuous batching, of their full length in static."""
-        tokens = self.input + self.output if self.setting.batching == "static" else self.context
-        most = float(self._estimator.max_batch(tokens))
+        static = self.setting.static
+        tokens = self.input + self.output if static else self.context
+        most = float(self._static_batch(tokens) if static else self._estimator.max_batch(tokens))
         if most < 1:
             raise Infeasible(
                 f"no sequence of {tokens:.0f} tokens fits beside the weights of {self.setting.model} on {self.setting.hardware}",
                 binding=("memory",),
             )  # fmt: skip
         return most
+
+    def _static_batch(self, tokens: float) -> float:
+        """Sequences of a static batch: a layer's intermediates of all prompts that pass together are alive beside the cache, in
+        place of those of the step that the engine would set aside (TensorRT-LLM's reference on memory: activations are planned
+        for the largest shape)."""
+        e = self._estimator
+        limits = memory.far_limits(e.model, e.par, e.formats, e.machine, tokens, e.engine.block_tokens) if e.techniques else {}
+        free = float(e.kv_free) + float(e.memory(0, 1).activations)
+        alive = self.prompt_activations * (self.input - self._value("prefix"))
+        if self.setting.batching == "in-turn":
+            near = math.floor(max(free - alive, 0.0) / self._stored(1, tokens))
+        else:
+            near = math.floor(max(free, 0.0) / (self._stored(1, tokens) + alive))
+        return min(near, *limits.values()) if limits else near
 
     @property
     def max_context(self) -> float:

@@ -59,13 +59,14 @@ class Measured(Facts):
     @cached_property
     def _batch_prefill(self) -> float:
         """Seconds of the prefill a request waits for: the whole batch's in static batching, its own else."""
+        in_turn = self.batch if self.setting.batching == "in-turn" else 1
         together = self.batch if self.setting.batching == "static" else self._value("prompts")
-        return self._prefill(together, self.input - self._value("prefix"), self._value("prefix"))
+        return in_turn * self._prefill(together, self.input - self._value("prefix"), self._value("prefix"))
 
     @property
     def requests_per_s(self) -> float:
         """Requests per second without end: every request's prefill and its share of decode steps, one after the other."""
-        if self.setting.batching == "static":
+        if self.setting.static:
             return self.batch / self.latency
         return 1 / (self.ttft / self._value("prompts") + self.output * self.tpot / self.batch)
 
@@ -116,15 +117,15 @@ class Measured(Facts):
 
     # Parts of a pass.
 
-    def _phase(self, *, decode: bool) -> Phase:
+    def _phase(self, *, decode: bool, causal: bool = True) -> Phase:
         if decode:
             return Phase((Group(self.batch, 1.0, self.context, decode=True),))
         prefix = self._value("prefix")
-        return Phase((Group(self._value("prompts"), self.input - prefix, prefix),))
+        return Phase((Group(self._value("prompts"), self.input - prefix, prefix),), causal=causal)
 
-    def _part(self, *, decode: bool) -> roofline.Cost:
+    def _part(self, *, decode: bool, causal: bool = True) -> roofline.Cost:
         e = self._estimator
-        return roofline.cost(e.lower(self._phase(decode=decode)).schedule, e.machine, contextual=True)
+        return roofline.cost(e.lower(self._phase(decode=decode, causal=causal)).schedule, e.machine, contextual=True)
 
     @property
     def attention(self) -> float:
@@ -135,6 +136,11 @@ class Measured(Facts):
     def prefill_attention(self) -> float:
         """Seconds of the prefill in attention."""
         return float(self._part(decode=False).seconds)
+
+    @property
+    def unmasked_attention(self) -> float:
+        """Seconds in attention of the same pass without a causal mask, where every token attends every other."""
+        return float(self._part(decode=False, causal=False).seconds)
 
     def _linear(self, *, decode: bool) -> float:
         e = self._estimator
@@ -282,6 +288,10 @@ class Bare(Measured):
     @property
     def prefill_attention(self) -> float:
         return float(self._part(decode=False).peak["compute"])
+
+    @property
+    def unmasked_attention(self) -> float:
+        return float(self._part(decode=False, causal=False).peak["compute"])
 
 
 def known() -> list[str]:

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 from perfmodel.errors import PerfmodelError, SpecError
 from perfmodel.papers import expression
+from perfmodel.papers.replayed import Replayed
 from perfmodel.papers.run import Runner
-from perfmodel.papers.served import Served
 from perfmodel.papers.setting import Resolved, merged
 from perfmodel.spec.paper import Paper
 
 _SAME = ("model", "hardware")
 _STACK = ("system", "weight_dtype", "kv_dtype")
-_WORK = ("input", "output", "steps", "tp", "pp", "dp", "ep", "cp")
+_DEGREES = ("tp", "pp", "dp", "ep", "cp")
+_WORK = ("input", "output", "steps", *_DEGREES)
 
 
 @dataclass(frozen=True)
@@ -40,20 +41,32 @@ def pair(paper: Paper) -> tuple[Side, Side]:
     The one with more techniques is the proposal, else the later one in the file. Raises SpecError where no two can be set
     side by side.
     """
-    runner = Runner(paper)
+    runner, alike = Runner(paper), False
     for names in _candidates(paper):
         try:
             first, second = (_side(runner, name) for name in names)
         except PerfmodelError:
             continue
-        return (first, second) if len(first.setting.techniques) <= len(second.setting.techniques) else (second, first)
-    pools = any(s.roles for s in paper.settings.values())
-    why = "what it proposes is a pool for each phase" if pools else "it compares no two settings of one model on a machine"
-    raise SpecError(f"{paper.id}: {why}; see `perfmodel papers show {paper.id}`")
+        if _way(first) != _way(second):
+            return (first, second) if len(first.setting.techniques) <= len(second.setting.techniques) else (second, first)
+        alike = True
+    why = (
+        "its settings differ in queues, limits or mixes of requests alone, so a prompt and a step take the same"
+        if alike
+        else "it compares no two settings of one model on a machine"
+    )
+    raise SpecError(f"{paper.id}: {why}; see `perfmodel papers show {paper.id}` and `perfmodel papers run {paper.id}`")
+
+
+def _way(side: Side) -> tuple[object, ...]:
+    """All that the time of a prompt or of a step depends on; settings may differ in limits, rates and mixes alone."""
+    s = side.setting
+    work = (side.batch, side.input, side.output, *(s.values[k] for k in (*_DEGREES, "prefix", "steps")))
+    return s.engine, s.techniques, s.formats, s.batching, *work
 
 
 def _side(runner: Runner, name: str) -> Side:
-    measured = runner.setting(name, runner.given, Served)
+    measured = runner.setting(name, runner.given, Replayed)
     if measured.setting.roles or not measured.setting.model:
         raise SpecError(f"{name} has pools of its own, or no model")
     return Side(name, measured.setting, measured.batch, measured.input, measured.output)

@@ -23,7 +23,9 @@ _DOWN = 4.0  # steps by which a bracket goes down
 _IDLE = 1e-5  # requests/s of an instance that is idle
 _BESIDE = 4.0
 _LEAST = 1e-4
-_ASKED = ("rate", "ttft", "tpot", "gap", "gaps", "attainment", "batch", "prompts", "steps")
+_ASKED = ("rate", "ttft", "tpot", "gap", "gaps", "attainment", "batch", "prompts", "steps", "per_token", "instances", "burst",
+          "requests", "longest", "tick", "overtaken", "fetch",
+          "migration", "spare")  # fmt: skip
 """Values that ask something of a pool and do not change it."""
 
 
@@ -89,6 +91,13 @@ def fills(policy: str, role: str) -> bool:
     return policy == "chunked" or role == "prefill"
 
 
+def held(setting: Resolved, context: float) -> float:
+    """Tokens that an instance caches: what memory holds, or what its engine was told if that is less."""
+    fits = kv_tokens(estimator(setting), context)
+    told = float(setting.values["cache"])
+    return min(fits, told) if told else fits
+
+
 _pools: dict[tuple[str, str, float, bytes], Pool] = {}
 _MOST_POOLS = 64
 
@@ -97,7 +106,7 @@ def pool(setting: Resolved, role: str, mix: Mix, handoff: float = 0.0) -> Pool:
     """The pool of a setting in a role; settings that differ only in limits or rates share one."""
     values = {k: v for k, v in setting.values.items() if k not in _ASKED}
     lengths = np.stack([mix.input, mix.output, mix.weight, np.zeros(mix.input.shape) if mix.cached is None else mix.cached])
-    key = (replace(setting, values=values, roles={}, devices=0.0).key, role, handoff, lengths.tobytes())
+    key = (replace(setting, values=values, roles={}, devices=0.0, classes=(), routing="").key, role, handoff, lengths.tobytes())
     if key not in _pools:
         if len(_pools) >= _MOST_POOLS:
             _pools.pop(next(iter(_pools)))
@@ -105,7 +114,7 @@ def pool(setting: Resolved, role: str, mix: Mix, handoff: float = 0.0) -> Pool:
         e.require_fit()
         lanes = int(e.par.pp) if fills(setting.policy, role) else 1
         instance = policy_instance(
-            e, mix, kv_tokens(e, mix.context), setting.policy, role=role, max_batch=int(values["largest"]),
+            e, mix, held(setting, mix.context), setting.policy, role=role, max_batch=int(values["largest"]),
             chunk=int(values["chunk"]), handoff=handoff, prefill_share=float(values["prefill_share"]), lanes=lanes,
             alone=float(values["alone_share"]),
         )  # fmt: skip

@@ -11,7 +11,7 @@ from perfmodel import catalog
 from perfmodel.errors import Infeasible, PerfmodelError, SpecError, did_you_mean
 from perfmodel.papers import expression
 from perfmodel.papers.metrics import Bare, Measured, known
-from perfmodel.papers.served import Served
+from perfmodel.papers.replayed import Replayed
 from perfmodel.papers.setting import merged, resolve
 from perfmodel.papers.verdict import COUNTED, Evidence, Verdict, judge, meets, middle, no_effect
 from perfmodel.spec import yaml
@@ -66,7 +66,7 @@ def load(name: str) -> Paper:
     return paper
 
 
-_FREE = ("system", "like", "batching", "policy")
+_FREE = ("system", "like", "batching", "policy", "routing")
 
 
 def _check_literals(paper: Paper, document: yaml.Document) -> None:
@@ -78,9 +78,9 @@ def _check_literals(paper: Paper, document: yaml.Document) -> None:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and value not in (0, 1)
 
     for name, setting in paper.settings.items():
-        named = {f: v for f, v in setting if f not in (*_FREE, "techniques", "roles", "fleet")}
-        for item in setting.fleet:
-            named |= {f"fleet.{k}": v for k, v in item.items()}
+        named = {f: v for f, v in setting if f not in (*_FREE, "techniques", "roles", "fleet", "classes")}
+        for kind, items in (("fleet", setting.fleet), ("classes", setting.classes)):
+            named |= {f"{kind}.{i}.{k}": v for i, item in enumerate(items) for k, v in item.items()}
         for technique in setting.techniques:
             # Words among a technique's knobs say how it works, not how much.
             knobs = technique.items() if isinstance(technique, dict) else ()
@@ -117,7 +117,7 @@ def _check_names(paper: Paper, text: str, document: yaml.Document, at: tuple[str
 
 
 def _metrics() -> list[str]:
-    return sorted({*known(), *(n for n in dir(Served) if not n.startswith("_") and n != "setting")})
+    return sorted({*known(), *(n for n in dir(Replayed) if not n.startswith("_") and n != "setting")})
 
 
 class Runner:
@@ -129,7 +129,7 @@ class Runner:
         self._measured: dict[tuple[str, type], Measured] = {}
         self._asked: list[str] = []
 
-    def value(self, text: str, change: Mapping[str, Any], kind: type[Measured] = Served) -> float:
+    def value(self, text: str, change: Mapping[str, Any], kind: type[Measured] = Replayed) -> float:
         """One expression with some parameters changed."""
         values = {**self.given, **change}
 
@@ -155,7 +155,7 @@ class Runner:
         return self._measured[key]
 
     def over(
-        self, text: str, sweep: Mapping[str, tuple[Any, ...]], change: Mapping[str, Any], kind: type[Measured] = Served
+        self, text: str, sweep: Mapping[str, tuple[Any, ...]], change: Mapping[str, Any], kind: type[Measured] = Replayed
     ) -> tuple[float, ...]:
         """One expression over every point of a sweep; points that are infeasible are left out unless all are."""
         axes = [[(name, v) for v in values] for name, values in sweep.items()]

@@ -58,7 +58,8 @@ class Served(Measured):
         near = prefill.machine.name == decode.machine.name and (
             prefill.par.devices + decode.par.devices <= decode.machine.devices_per_node
         )
-        moved = handoff(prefill, decode, tokens, np.array([prefill.prefill(1, tokens[0])]), same_node=bool(near))
+        alone = np.array([prefill.prefill(1, tokens[0])])
+        moved = handoff(prefill, decode, tokens, alone, same_node=bool(near), block_tokens=int(self._value("message")))
         return float(moved.exposed_s[0] / tokens[0])
 
     @cached_property
@@ -245,6 +246,11 @@ class Served(Measured):
     def dearest_single(self) -> float:
         """USD/h of the dearest fleet of one type."""
         return float(self._fleet.singles.max())
+
+
+def pool_of(measured: Served, setting: Resolved, role: str) -> Pool:
+    """The pool of a setting, or of one of its roles, under its requests."""
+    return measured._pool(setting, role)
 
 
 def _positive(rate: float, setting: Resolved) -> float:

@@ -19,10 +19,14 @@ from perfmodel.techniques.registry import kinds, technique
 _DEFAULTS: dict[str, Any] = {
     "tp": 1, "pp": 1, "dp": 1, "ep": 1, "cp": 1, "batch": 1, "input": 1024, "output": 128, "prefix": 0, "prompts": 1,
     "largest": 0, "attainment": 0.9, "input_spread": 0.0, "output_spread": 0.0, "rate": 0.0, "ttft": 0.0, "tpot": 0.0,
-    "chunk": 0, "steps": 0, "gap": 0.0, "gaps": 0.99, "prefill_share": 0.5, "alone_share": 0.0,
+    "chunk": 0, "steps": 0, "gap": 0.0, "gaps": 0.99, "prefill_share": 0.5, "alone_share": 0.0, "per_token": 0.0, "instances": 1,
+    "burst": 1.0, "requests": 1000, "longest": 0, "cache": 0, "tick": 0.0, "message": 0, "overtaken": 0, "fetch": 0.0,
+    "migration": 0.0, "spare": 0.0,
 }  # fmt: skip
 _DEGREES = ("tp", "pp", "dp", "ep", "cp")
-_WHOLE = (*_DEGREES, "input", "output", "prefix", "prompts", "largest", "chunk", "steps")
+_WHOLE = (*_DEGREES, "input", "output", "prefix", "prompts", "largest", "chunk", "steps", "instances", "requests", "longest",
+          "cache", "message", "overtaken")  # fmt: skip
+_OF_A_CLASS = {"share", "input", "output", "input_spread", "output_spread", "prefix"}
 _SILENT = "vllm"
 
 
@@ -43,6 +47,14 @@ class Resolved:
     """Of a role: devices of its pool; 0: in the proportion that balances the phases."""
     fleet: tuple[tuple[str, float], ...] = ()
     """Devices to choose from, and the price of one [USD/h]."""
+    classes: tuple[Mapping[str, float], ...] = ()
+    """Kinds of requests that come mixed."""
+    routing: str = "least-loaded"
+
+    @property
+    def static(self) -> bool:
+        """Whether a batch starts and ends together."""
+        return self.batching != "continuous"
 
     @property
     def key(self) -> str:
@@ -50,7 +62,7 @@ class Resolved:
         roles = {name: role.key for name, role in self.roles.items()}
         return json.dumps(
             [self.model, self.hardware, self.engine, dict(self.values), self.techniques, self.batching, self.policy,
-             dict(self.formats), roles, self.devices, self.fleet], sort_keys=True, default=str,
+             dict(self.formats), roles, self.devices, self.fleet, self.classes, self.routing], sort_keys=True, default=str,
         )  # fmt: skip
 
 
@@ -111,8 +123,11 @@ def _resolve(
             return {k: put(v) for k, v in value.items()}
         return value
 
-    given = {k: put(v) for k, v in fields.items() if k not in ("techniques", "roles", "fleet")}
+    given = {k: put(v) for k, v in fields.items() if k not in ("techniques", "roles", "fleet", "classes")}
     fleet = tuple((str(x["device"]), float(x["price"])) for x in (put(t) for t in fields.get("fleet", ())))
+    classes = tuple({k: float(v) for k, v in put(t).items()} for t in fields.get("classes", ()))
+    for wrong in {k for c in classes for k in c} - _OF_A_CLASS:
+        raise SpecError(f"a class of setting {name!r} has an unknown field {wrong!r}{did_you_mean(wrong, _OF_A_CLASS)}")
     if fleet and not given.get("hardware"):
         given["hardware"] = fleet[0][0]
     if not given.get("hardware"):
@@ -138,7 +153,8 @@ def _resolve(
         str(given.get("batching") or (system.batching if system else "continuous")),
         str(given.get("policy") or (system.policy if system else "chunked")),
         formats | ({"mem_fraction": float(mem)} if mem is not None else {}),
-        {role: _with_devices(r, devices[role]) for role, r in roles.items()}, fleet=fleet,
+        {role: _with_devices(r, devices[role]) for role, r in roles.items()}, fleet=fleet, classes=classes,
+        routing=str(given.get("routing") or "least-loaded"),
     )  # fmt: skip
 
 

@@ -84,7 +84,7 @@ class Setting(Spec):
     output: Quantity | None = None
     prefix: Quantity | None = None
     """Prompt tokens already cached on the device."""
-    batching: Literal["continuous", "static"] | None = None
+    batching: Literal["continuous", "static", "in-turn"] | None = None
     """static: the batch starts and ends together."""
     prompts: Quantity | None = None
     """Prompts that one prefill pass takes together."""
@@ -108,8 +108,37 @@ class Setting(Spec):
     """Types to choose from: `device` and `price` of one [USD/h]; every device is an instance of its own."""
     roles: dict[Literal["prefill", "decode"], dict[str, Any]] = {}
     """Pools of their own for the two phases: fields of a setting that differ, and `devices` of each."""
+    message: Quantity | None = None
+    """Tokens of one layer that go to the other role's pool at once; left out: a block of the engine."""
     steps: Quantity | None = None
     """Denoising steps of a diffusion model."""
+    instances: Quantity | None = None
+    """Equal instances that a replay deals its requests to."""
+    routing: Literal["random", "round-robin", "least-loaded", "freest"] | None = None
+    """Of a replay: which instance takes a request; left out: the one with fewest."""
+    migration: Quantity | None = None
+    """Of a replay: seconds between looks at whether a running sequence moves to another instance; 0: none moves."""
+    spare: Quantity | None = None
+    """Free tokens per running sequence below which an instance gives one away."""
+    burst: Quantity | None = None
+    """Of a replay: coefficient of variation of the gaps between arrivals, of a gamma law; 1: Poisson."""
+    tick: Quantity | None = None
+    """Of a replay: seconds of the coarse clock that a trace's arrivals were logged by, which come together; 0: a fine one."""
+    classes: tuple[dict[str, Quantity], ...] = ()
+    """Of a replay: kinds of requests that come mixed, each with its `share`, and its `input`, `output`, their spreads and
+    `prefix` where they differ from the setting's."""
+    requests: Quantity | None = None
+    """How many a replay draws."""
+    fetch: Quantity | None = None
+    """Of a replay: seconds to fetch a token of `prefix`, beside the step that needs it; 0: it lies on the device."""
+    overtaken: Quantity | None = None
+    """Of a replay: requests that may pass a waiting one because more of their prompt is cached; 0: order of arrival."""
+    longest: Quantity | None = None
+    """Of a replay: longest prompt and longest answer [token]; left out: what the model's context allows."""
+    cache: Quantity | None = None
+    """Tokens that an instance may cache where its engine was told so; left out: what memory holds."""
+    per_token: Quantity | None = None
+    """Limit on a request's seconds over its output tokens [s]."""
 
 
 class Claim(Spec):
@@ -199,7 +228,8 @@ class System(Spec):
     date: str
     engine: str
     techniques: tuple[str | dict[str, Any], ...] = ()
-    batching: Literal["continuous", "static"] = "continuous"
+    batching: Literal["continuous", "static", "in-turn"] = "continuous"
+    """static: a batch starts and ends together, its prompts pass together; in-turn: its prompts pass one after the other."""
     policy: str = "chunked"
     mem_fraction: float | None = None
     weaknesses: tuple[str, ...] = ()

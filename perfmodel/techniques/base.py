@@ -86,7 +86,7 @@ class Round:
     in_flight: Num = 1
     """Passes that follow each other through the pipeline without waiting for a result."""
     broken: Num = 0.0
-    """Share of the rounds that void what follows them in the pipeline, which must fill again."""
+    """Share of the passes in flight that are plain ones of one token, before which the pipeline ran empty."""
     stuck: Num = 0.0
     """Share of a void pass that still holds the first stage."""
     instead: tuple[Round, ...] = ()

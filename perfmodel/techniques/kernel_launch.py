@@ -26,6 +26,9 @@ _RMS_NORM, _LAYER_NORM = (9.0, 5.25), (2.0, 1.25)
 _ROTARY, _APPEND = (14.0, 5.0), (2.0, 1.0)
 _GATED, _PLAIN = (2.0, 5 / 3), (1.0, 1.0)
 _APART = {"qkv_proj": 3.0, "gate_up_proj": 2.0}
+# Around the products of one expert, in a loop over those that tokens reach: its tokens gathered, activation and product, their
+# routing weights looked up and multiplied, the result spread and added (modeling_mixtral.py, 4.37; DeepSeekMoE's own code).
+_EXPERT = 7.0
 
 
 class KernelLaunch(Technique):
@@ -33,9 +36,12 @@ class KernelLaunch(Technique):
 
     elementwise: kernels and passes over memory per element-wise operator of the engine; 0 merges all of them with their
     neighbours (arithmetic stays), several stand for an eager framework. modules: norms, rotary positions, activations and
-    projections are the kernels that modules of Transformers are, e.g. 9 for a sum and its RMS norm, 3 for q, k and v.
+    projections are the kernels that modules of Transformers are, e.g. 9 for a sum and its RMS norm, 3 for q, k and v; experts
+    that tokens reach run one after the other, 10 kernels each.
     launches ``eager``: a step lasts max(device, launches x issue) (arXiv:2504.11750, launch-bound region); ``graph``: every
     step replays a captured graph.
+    gap: a stream starts the next kernel later than a captured graph does, 3.8 us from one to the next instead of 3.4 (NVIDIA,
+    Getting Started with CUDA Graphs).
     merged: share of the kernel boundaries of a layer that go (persistent kernels). dataflow: operators of a layer form one
     pipeline on chip, activations between them never reach memory and all run at once,
     T = max over resources of their sum at bytes / (bandwidth e) and FLOPs / (peak e) (SN40L, arXiv:2405.07518).
@@ -47,11 +53,12 @@ class KernelLaunch(Technique):
     order: ClassVar[int] = 4
 
     elementwise: float = knob(1.0, "kernels per element-wise operator of the engine; 0: all merged", low=0, high=32)
-    modules: bool = knob(False, "norms, rotary, activations and projections as modules of Transformers write them")
+    modules: bool = knob(False, "norms, rotary, activations, projections and experts as modules of Transformers write them")
     merged: float = knob(0.0, "share of a layer's kernel boundaries that go", low=0, high=1)
     dataflow: bool = knob(False, "a layer is one pipeline on chip")
     launches: Literal["engine", "graph", "eager"] = knob("engine", "captured graphs, single launches, or as the engine")
     issue: float | None = knob(None, "host seconds of one launch; none: as calibrated", "s", low=0, high=0.01)
+    gap: float = knob(0.0, "device seconds between two kernels of a stream over those of a graph", "s", low=0, high=1e-3)
     host: float = knob(1.0, "host seconds over those of the engine on its usual processor", low=0, high=20)
 
     def engine(self, engine: Engine) -> Engine:
@@ -63,6 +70,9 @@ class KernelLaunch(Technique):
         return engine.model_copy(update={"parameters": engine.parameters | {"eager_issue": issue}})
 
     def machine(self, machine: Machine) -> Machine:
+        if self.gap and self.launches != "graph":
+            alone = self.gap / machine.law["queued_launch"]
+            machine = replace(machine, kernel_latency=machine.kernel_latency + alone)
         if self.host == 1:
             return machine
         return replace(machine, law=machine.law | {"host_slowdown": machine.law["host_slowdown"] * self.host})
@@ -70,13 +80,16 @@ class KernelLaunch(Technique):
     def layer(self, ops: list[Op], block: Block, shard: Shard) -> list[Op]:
         if self.modules:
             ops = edit_ops(ops, lambda op: op.name in _APART, lambda op: replace(op, launches=op.launches * _APART[op.name]))
+            ops = _looped(ops)
         ops = edit_ops(ops, lambda op: op.kind == "elementwise", lambda op: self._recut(op, block))
         if self.merged:
             ops = edit_ops(ops, _kernel, lambda op: replace(op, launches=op.launches * (1 - self.merged)))
         return ops
 
     def _recut(self, op: Op, block: Block) -> Op:
-        """One element-wise operator as several kernels, each of which reads and writes the tensor."""
+        """One element-wise operator as several kernels, each of which reads and writes the tensor; of weights, as it is."""
+        if op.traffic and not any(t.tensor == "activations" for t in op.traffic):
+            return op
         kernels, passes = self._written(op, block) or (self.elementwise, self.elementwise)
         return replace(passing(op, passes), launches=op.launches * kernels)
 
@@ -95,6 +108,17 @@ class KernelLaunch(Technique):
     def arrange(self, build: Callable[[Shard], Node], shard: Shard) -> Node:
         node = build(shard)
         return pipelined(node) if self.dataflow else node
+
+
+def _looped(ops: list[Op]) -> list[Op]:
+    """Routed experts one after the other, gate and up apart."""
+    found = list(ops)
+    reached: Num = 0.0
+    for i, op in enumerate(ops):
+        if op.kind == "grouped_gemm" and op.name.startswith("experts."):
+            reached = op.shape["groups"]
+            found[i] = replace(op, launches=op.launches * reached * _APART.get(op.name.removeprefix("experts."), 1.0))
+    return [replace(op, launches=op.launches + _EXPERT * reached) if op.kind == "expert_passes" else op for op in found]
 
 
 def _kernel(op: Op) -> bool:

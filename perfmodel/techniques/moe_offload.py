@@ -17,11 +17,15 @@ from perfmodel.ops.cached import copy
 from perfmodel.ops.gemm import gemm
 from perfmodel.ops.moe import touched
 from perfmodel.ops.shard import Parallelism, Shard
-from perfmodel.ops.traffic import Op, Residency, Traffic
+from perfmodel.ops.traffic import Op, Residency, Traffic, read, write
 from perfmodel.spec.model import Block, Model, Moe
-from perfmodel.symbols import Num, maximum, minimum
+from perfmodel.symbols import Num, maximum, minimum, symbolic
 from perfmodel.techniques.base import Technique, knob
 from perfmodel.techniques.kv_offload import require_path
+
+# HQQ's expansion of a 4-bit matrix in PyTorch, of each element: a packed byte holds two. Masks, shift and copies read 2.5 bytes
+# and write 3.5, the difference to zero and the product with the scale 4 each.
+_EXPAND_KERNELS, _EXPAND_READ, _EXPAND_WRITE = 7.0, 6.5, 7.5
 
 
 class MoeOffload(Technique):
@@ -34,7 +38,10 @@ class MoeOffload(Technique):
     `cpu` of the others where they lie and the rest is fetched on demand, all three side by side once the router has
     chosen: the stall is max(0, fetch, CPU) beyond the device's own experts. `balanced`: the share x of the CPU at which it
     and the link finish together, x max(b / c, F / f) = (1 - x) b / r: bytes b, FLOPs F, CPU memory c, CPU arithmetic f,
-    link r, anew for every pass (Fiddler, arXiv:2402.07033; HybriMoE, arXiv:2504.05897; Fate, arXiv:2502.12224).
+    link r, anew for every pass (Fiddler, arXiv:2402.07033; HybriMoE, arXiv:2504.05897; Fate, arXiv:2502.12224). `undivided`: of n
+    misses c go to the CPU, min over c of max(c t_cpu, (n - c) t_link), n binomial (an expert is one task in HybriMoE's IV.B).
+    `expanded` before every use: the device keeps few bits, and each matrix becomes 16 bits in 7 passes of PyTorch, 14 bytes an
+    element (hqq/core/bitpack.py and quantize.py: two halves masked, one shifted, both copied, zero subtracted, scaled).
     """
 
     kind: ClassVar[str] = "moe-offload"
@@ -51,7 +58,10 @@ class MoeOffload(Technique):
     lead: int = knob(1, "layers by which the predictor is ahead", "layer", low=1, high=64)
     predictor: bool = knob(True, "the predictor is the coming layer's router, run once more")
     bits: float = knob(0.0, "bits of an expert's weight in the tier and on the way; 0: as stored", "bit", low=0, high=16)
+    expanded: Literal["arrival", "use"] = knob("arrival", "few bits become 16 once, on the device, or before every use (HQQ)")
     cpu: float | Literal["balanced"] = knob(0.0, "share (0 to 1) of the remaining misses that the CPU computes, or `balanced`")
+    undivided: bool = knob(False, "a balanced split deals whole experts: each is computed where it lies or fetched")
+    gather: float = knob(1.0, "share of the memory rate that the CPU reaches on experts", low=0.01, high=1)
     pinned: bool = knob(False, "experts on the device never change, so that the tier keeps only the others")
     buffers: float = knob(2.0, "experts the device has room for beside the slots, to fetch into", "1", low=0, high=10_000)
     grouping: float = knob(1.0, "distinct experts over those of a random batch (tokens regrouped)", low=0.01, high=1)
@@ -72,18 +82,23 @@ class MoeOffload(Technique):
         link = one / float(host_copy_seconds(machine, one))
         there = rates("cpu", machine)
         found = self.model_copy(update={"cpu": there.bandwidth / (there.bandwidth + link)})
-        found._cpu, found._link = there, link
+        found._cpu, found._link = replace(there, bandwidth=there.bandwidth * self.gather), link
         return found
 
-    def _split(self, products: list[Op], missed: Num, needed: Num, size: Num, width: float) -> Num:
-        """Share of the late misses, `size` bytes of weights of `width` bytes, that the CPU computes."""
+    def _split(self, products: list[Op], missed: Num, needed: Num, size: Num, width: float) -> tuple[Num, Num]:
+        """Share of the late misses, `size` bytes of weights of `width` bytes, that the CPU computes, and the seconds until both
+        it and the link are done over those of the CPU."""
         if self._cpu is None:
-            return float(self.cpu) if self.cpu != "balanced" else 0.0
+            return (float(self.cpu) if self.cpu != "balanced" else 0.0), 1.0
         flops = sum((f for op in products for u, f in op.flops.items() if u not in ("vector", "exp")), start=0.0)
         there = flops * missed / maximum(needed, 1e-9)
         busy = maximum(size / self._cpu.bandwidth, there / self._cpu.rate(products[0].shape["m"], width))
         copied = size / self._link
-        return copied / maximum(copied + busy, 1e-30)
+        if self.undivided and not symbolic(copied) and not symbolic(busy):
+            each = np.maximum(missed, 1e-9)
+            there, done = dealt(needed, missed / np.maximum(needed, 1e-9), busy / each, copied / each)
+            return there / each, done / np.maximum(there * busy / each, 1e-30)
+        return copied / maximum(copied + busy, 1e-30), 1.0
 
     def layer(self, ops: list[Op], block: Block, shard: Shard) -> list[Op]:
         products = [op for op in ops if op.kind == "grouped_gemm" and any(t.tensor == "experts" for t in op.traffic)]
@@ -99,7 +114,7 @@ class MoeOffload(Technique):
         wrong = minimum(missed * (1 - self.accuracy), maximum(held - needed, 0.0)) / maximum(missed, 1e-9)
         guessed = (1 - wrong) * maximum(1 - self.lead / shard.layers, 0.0) if self.accuracy else 0.0
         late = missed * (1 - guessed)
-        share = self._split(products, late, needed, late * each * width, width)
+        share, wait = self._split(products, late, needed, late * each * width, width)
         # The predictor asks for as many experts as miss; those that were wrong crossed the link for nothing.
         early = missed * maximum(1 - self.lead / shard.layers, 0.0) if self.accuracy else 0.0 * missed
         ahead = copy("experts_ahead", self.tier, early * each, width, tensor="experts", contextual=False, aside=True)
@@ -110,10 +125,21 @@ class MoeOffload(Technique):
         found.append(replace(fetch, after=router))
         there = late * share / maximum(needed, 1e-9)
         if self.cpu:
-            found += self._on_cpu(products, there, width, shard, router)
+            found += self._on_cpu(products, there, width, shard, router, wait)
         arrived = (missed - late * share) / maximum(needed, 1e-9)
-        kept = [self._kept(op, there, arrived) if op in products else op for op in ops]
+        kept = [x for op in ops for x in (self._used(self._kept(op, there, arrived)) if op in products else [op])]
         return [*found, *self._predicted(moe, shard), *kept]
+
+    def _used(self, op: Op) -> list[Op]:
+        """A grouped product, after the passes that make its matrices 16 bits wide where they are kept in few."""
+        if not 0 < self.bits < 16 or self.expanded == "arrival":
+            return [op]
+        elements = op.shape["groups"] * op.shape["n"] * op.shape["k"]
+        matrices = 2.0 if "gate_up" in op.name else 1.0
+        expand = Op(f"{op.name}.expand", "elementwise", {"vector": 6 * elements},
+                    (read("experts", elements, _EXPAND_READ), write("experts", elements, _EXPAND_WRITE)),
+                    {"elements": elements}, launches=_EXPAND_KERNELS * matrices * op.shape["groups"])  # fmt: skip
+        return [expand, op]
 
     def _needed(self, moe: Moe, shard: Shard, held: Num) -> Num:
         """Distinct experts of this rank that the pass reaches."""
@@ -140,14 +166,14 @@ class MoeOffload(Technique):
         )
         shape = {**op.shape, "groups": maximum(op.shape["groups"] * pull, 1.0), "m": op.shape["m"] / self.grouping}
         flops = {unit: count * here for unit, count in op.flops.items()}
-        if self.bits:
+        if 0 < self.bits < 16 and self.expanded == "arrival":
             # What arrives in few bits is expanded before it is multiplied.
             elements = op.shape["groups"] * arrived * op.shape["n"] * op.shape["k"]
             flops["vector"] = flops.get("vector", 0.0) + 4 * elements
         return replace(op, flops=flops, traffic=traffic, shape=shape)
 
-    def _on_cpu(self, products: list[Op], there: Num, width: Num, shard: Shard, router: str) -> list[Op]:
-        """Missed experts computed where they lie; their tokens and results travel."""
+    def _on_cpu(self, products: list[Op], there: Num, width: Num, shard: Shard, router: str, wait: Num) -> list[Op]:
+        """Missed experts computed where they lie, for `wait` times as long as they take; their tokens and results travel."""
         flops: dict[str, Num] = {}
         size: Num = 0.0
         for op in products:
@@ -158,8 +184,9 @@ class MoeOffload(Technique):
         rows = products[0].shape["m"]
         moved = rows * products[0].shape["groups"] * there * shard.hidden
         wide = shard.formats.act.width
-        work = Op("experts_on_cpu", "elsewhere", flops, (Traffic("experts", size, width, "cpu"),), {"rows": rows}, launches=0,
-                  on="cpu", aside=True, after=router)  # fmt: skip
+        busy = {unit: count * wait for unit, count in flops.items()}
+        work = Op("experts_on_cpu", "elsewhere", busy, (Traffic("experts", size * wait / self.gather, width, "cpu"),),
+                  {"rows": rows}, launches=0, on="cpu", aside=True, after=router)  # fmt: skip
         ways = [copy(f"tokens_{name}_cpu", "host", moved, wide, tensor="activations", direction=way, contextual=False,
                      aside=True) for name, way in (("to", "write"), ("from", "read"))]  # fmt: skip
         return [work, *(replace(way, after=router) for way in ways)]
@@ -185,7 +212,7 @@ class MoeOffload(Technique):
             width = self.bits / 8 if self.bits else r.width
             found.append(replace(r, elements=r.elements * (1 - here if self.pinned else 1.0), width=width, tier=self.tier))
             room = min(here + (self.buffers / held / layers if here < 1 else 0.0), 1.0)
-            found.append(replace(r, elements=r.elements * room))
+            found.append(replace(r, elements=r.elements * room, width=width if self.expanded == "use" else r.width))
         return found
 
     def check(self, model: Model, machine: Machine, par: Parallelism) -> None:
@@ -199,3 +226,29 @@ class MoeOffload(Technique):
         if self.cpu:
             rates("cpu", machine)
         require_path(machine, self.tier)
+
+
+_MOST_DEALT = 32
+"""Experts that a pass needs, beyond which dealing whole ones costs no more than sharing them out."""
+
+
+def dealt(needed: Num, rate: Num, cpu: Num, link: Num) -> tuple[Num, Num]:
+    """Experts computed by the CPU and seconds until all are done, in the mean, where whole ones are dealt.
+
+    Each of `needed` misses at the `rate`; an expert takes the CPU or the link so many seconds.
+    """
+    needed, rate, cpu, link = (np.asarray(x, float) for x in np.broadcast_arrays(needed, rate, cpu, link))
+    number, rate = np.minimum(np.rint(needed), _MOST_DEALT), np.clip(rate, 0.0, 1 - 1e-12)
+    chance = (1 - rate) ** number
+    there, done = np.zeros_like(chance), np.zeros_like(chance)
+    for n in range(_MOST_DEALT + 1):
+        few = np.floor(n * link / np.maximum(cpu + link, 1e-30))
+        more = np.minimum(few + 1, n)
+        longest = [np.maximum(c * cpu, (n - c) * link) for c in (few, more)]
+        there = there + chance * np.where(longest[1] < longest[0], more, few)
+        done = done + chance * np.minimum(*longest)
+        chance = chance * np.maximum(number - n, 0) / (n + 1) * rate / (1 - rate)
+    there, done = (x * needed / np.maximum(number, 1) for x in (there, done))
+    large = needed > _MOST_DEALT
+    shared = needed * rate * link / np.maximum(cpu + link, 1e-30)
+    return np.where(large, shared, there), np.where(large, shared * cpu, done)

@@ -17,10 +17,13 @@ class PowerCap(Technique):
 
     Matrix, vector and special-function peaks, the row rate and the last-level cache scale with f; memory bandwidth falls
     only where the units' loads no longer fill it (Machine.part). Watts over the board's rated watts, as in
-    perfmodel.cost, = idle + dynamic(f) (active + compute x busy) + memory x busy, with dynamic(f) = f V(f)^2 (CMOS) and
-    V(f) = floor + (1 - floor) f. cap: share of the rated power, from which the clock follows at the load `busy_compute`,
-    `busy_memory`; oversubscription: further devices on the same budget, all busy at once, so that each has cap / (1 +
-    oversubscription) (POLCA, arXiv:2308.12908). Energy per token: perfmodel.cost.pass_energy.
+    perfmodel.cost, = idle + dynamic(f) (active + compute x busy) + moved(f) memory x busy, with dynamic(f) = f V(f)^2 (CMOS)
+    and V(f) = floor + (1 - floor) f. Of what a byte from memory costs, `dram` is drawn by the memory, whose voltage stays
+    (HBM2: 3.9 pJ/bit), and the rest on its way through caches and units (some 20 pJ/bit with it), which falls with V(f)^2:
+    moved(f) = s + (1 - s) V(f)^2 with s = dram x bandwidth / (memory x rated watts). cap: share of the rated power, from
+    which the clock follows at the load `busy_compute`, `busy_memory`; oversubscription: further devices on the same budget,
+    all busy at once, so that each has cap / (1 + oversubscription) (POLCA, arXiv:2308.12908). Energy per token:
+    perfmodel.cost.pass_energy.
     """
 
     kind: ClassVar[str] = "power-cap"
@@ -33,6 +36,7 @@ class PowerCap(Technique):
     busy_compute: float = knob(0.6, "share of the matrix peak that the capped work demands at the rated clock", low=0, high=1)
     busy_memory: float = knob(0.0, "share of the memory's peak that it demands", low=0, high=1)
     floor: float = knob(0.5, "voltage at the lowest clocks over the rated one", low=0, high=1)
+    dram: float = knob(3.9, "what a bit costs in the memory itself, whatever the clock", "pJ/bit", low=0, high=100)
 
     def machine(self, machine: Machine) -> Machine:
         share = self.cap / (1 + self.oversubscription)
@@ -47,13 +51,23 @@ class PowerCap(Technique):
 
     def dynamic(self, clock: float) -> float:
         """Switching power over that at the rated clock: f V(f)^2."""
-        return clock * (self.floor + (1 - self.floor) * clock) ** 2
+        return clock * self._voltage(clock) ** 2
+
+    def moved(self, clock: float, machine: Machine) -> float:
+        """Power of a rate of bytes over that at the rated clock: the memory's own part stays, the chip's goes with V(f)^2."""
+        rated = float(machine.law["power_memory"]) * (machine.tdp or 0.0)
+        own = min(8e-12 * self.dram * machine.bandwidth / rated, 1.0) if rated else 1.0
+        return own + (1 - own) * self._voltage(clock) ** 2
+
+    def _voltage(self, clock: float) -> float:
+        return self.floor + (1 - self.floor) * clock
 
     def load(self, clock: float, machine: Machine) -> float:
         """Power over the board's rated power at a share of the clock, before any limit."""
         law = machine.law
         running = float(law["power_active"] + law["power_compute"] * self.busy_compute)
-        return float(law["power_idle"] + law["power_memory"] * self.busy_memory) + self.dynamic(clock) * running
+        reading = self.moved(clock, machine) * float(law["power_memory"]) * self.busy_memory
+        return float(law["power_idle"]) + reading + self.dynamic(clock) * running
 
     def within(self, share: float, machine: Machine) -> float:
         """Highest clock whose power stays within a share of the board's. Raises Infeasible where none does."""
@@ -84,6 +98,7 @@ class PowerCap(Technique):
             "power_active": m.law["power_active"] * dynamic,
             # Of a share of the slower peak: f V^2 for the same share of the rated one times f.
             "power_compute": m.law["power_compute"] * dynamic,
+            "power_memory": m.law["power_memory"] * self.moved(clock, m),
         }
         slower = replace(
             m, device=device, law=law, vector=m.vector * clock, exp=m.exp * clock,

@@ -92,8 +92,10 @@ class Speculation(Technique):
     other techniques (`draft_with`: skipped layers, sparse or narrow caches), by heads on the model's last state (`by: heads`;
     EAGLE, arXiv:2401.15077 and MTP, arXiv:2412.19437: one layer each, in turn; Medusa, arXiv:2401.10774:
     `head_layers: 0`, all at once) or from the text (`by: lookup`: no cost). `adaptive`: the length from 0 to `length`
-    with most tokens per second at the batch and context (SmartSpec, arXiv:2406.14066). `in_flight`: verifications follow
-    each other through a pipeline (PipeInfer, arXiv:2407.11798); a rejection, 1 - a^k of them, voids those behind it.
+    with most tokens per second at the batch and context (SmartSpec, arXiv:2406.14066). `in_flight`: verifications of k tokens
+    follow each other through a pipeline (PipeInfer, arXiv:2407.11798), each from what the one before it drafted last. A
+    rejection, 1 - a^k of them, voids those behind it and starts a plain run of one token, which another verification follows
+    with probability a: of all runs b = (1 - a^k) / (a + 1 - a^k) are plain, and a run emits (1 - b) (1 - a^k) / (1 - a) + b.
     """
 
     kind: ClassVar[str] = "speculation"
@@ -154,13 +156,16 @@ class Speculation(Technique):
     def _of(self, r: Round, branches: tuple[int, ...]) -> Round:
         if not branches:
             return r
-        emitted = self.tokens or tree_tokens(self.acceptance, branches)
-        kept = math.prod(1 - (1 - self.acceptance) ** b for b in branches)
-        flows = self.in_flight > 1
-        return replace(
-            r, new=r.new + self._nodes(branches), tokens=r.tokens * emitted, before=(*r.before, *self._drafts(branches)),
-            in_flight=self.in_flight, broken=1 - kept if flows else 0.0, stuck=1 - self.cancelled if flows else 0.0,
-        )  # fmt: skip
+        found = replace(r, before=(*r.before, *self._drafts(branches)), in_flight=self.in_flight)
+        emitted = tree_tokens(self.acceptance, branches)
+        if self.in_flight == 1:
+            return replace(found, new=r.new + self._nodes(branches), tokens=r.tokens * (self.tokens or emitted))
+        levels = [1 - (1 - self.acceptance) ** b for b in branches]
+        kept = math.prod(levels)
+        plain = (1 - kept) / (levels[0] + 1 - kept)
+        # What follows a run that is kept whole is drafted already: it emits no token of its own.
+        mean, new = self.tokens or (1 - plain) * (emitted - kept) + plain, r.new + self._nodes(branches) - 1
+        return replace(found, new=new, tokens=r.tokens * mean, broken=plain, stuck=1 - self.cancelled)
 
     def _drafts(self, branches: tuple[int, ...]) -> list[Draft]:
         """Passes of the draft: every level of the tree from the one above it."""

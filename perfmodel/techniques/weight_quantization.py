@@ -41,7 +41,7 @@ class WeightQuantization(Technique):
     high_bits: float = knob(8.0, "bits of those activations", "bit", low=4, high=16)
     imbalance: float = knob(1.0, "work of the busiest unit over the mean where precisions mix", low=1, high=4)
     unpack: float | None = knob(None, "vector operations per weight and row tile; none: 2 from 8 bits on, else 4, once",
-                                "op", low=0, high=256)  # fmt: skip
+                                "op", low=0, high=1024)  # fmt: skip
     tile: int = knob(128, "rows of a tile that unpacks its weights once", "1", low=1, high=1024)
     fused: bool = knob(True, "unpacked inside the product; false: a pass writes 16-bit weights")
     lossless: bool = knob(False, "an entropy code of the same weights")

@@ -164,6 +164,6 @@ def test_a_setting_adds_to_the_technique_of_its_system() -> None:
                            "techniques": [{"kind": "kernel-launch", "launches": "graph"}, {"kind": "attention-kernel", "repeated": True}]}},
     })  # fmt: skip
     assert resolve(paper, "a", {}).techniques == (
-        {"kind": "kernel-launch", "elementwise": 6, "modules": True, "launches": "graph", "issue": 1.2e-5},
-        {"kind": "attention-kernel", "copies": 1, "repeated": True},
+        {"kind": "kernel-launch", "elementwise": 6, "modules": True, "launches": "graph", "issue": 1.2e-5, "gap": 4e-7},
+        {"kind": "attention-kernel", "copies": 1, "copy_rate": 0.5, "repeated": True},
     )

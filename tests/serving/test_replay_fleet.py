@@ -251,3 +251,29 @@ def test_what_cannot_be_simulated_is_refused(clock):
         Pool(clock, AMPLE, role="decode", settings=Settings("static"))
     with pytest.raises(SpecError, match="LayeredClock"):
         Pool(clock, AMPLE, settings=Settings("layered"))
+
+
+def test_what_is_found_is_not_computed_and_is_fetched_beside_the_step(clock):
+    """A prompt whose cache is there but for 100 tokens prefills those behind the rest, and no faster than it is fetched."""
+    requests = Requests(np.zeros(1), np.array([1000]), np.array([1]))
+    found = np.array([900])
+    for fetch, seconds in ((0.0, clock.step(0, 0.0, [(100, 900)])), (1e-3, 0.9)):
+        fleet = Fleet((Pool(clock, 1e6, settings=Settings(fetch_seconds_per_token=fetch)),))
+        assert fleet.run(requests, found=found).ttft[0] == pytest.approx(seconds)
+    whole = Fleet((Pool(clock, 1e6),)).run(requests)
+    assert whole.ttft[0] == pytest.approx(clock.step(0, 0.0, [(1000, 0)]))
+
+
+def test_requests_with_more_in_the_cache_pass_so_many_others(clock):
+    """Behind one that runs wait three; the two that are half cached pass the one that is not, at most so often."""
+    long = int(clock.chunk)
+    requests = Requests(np.array([0.0, 1e-6, 2e-6, 3e-6]), np.full(4, long), np.ones(4, int))
+    found = np.array([0, 0, long // 2, long // 2])
+
+    def order(most: int) -> list[int]:
+        fleet = Fleet((Pool(clock, 1e6, settings=Settings(max_batch=1, overtaken=most)),))
+        return np.argsort(fleet.run(requests, found=found).ttft, kind="stable").tolist()
+
+    assert order(0) == [0, 1, 2, 3]
+    assert order(1) == [0, 2, 1, 3]
+    assert order(2) == [0, 2, 3, 1]

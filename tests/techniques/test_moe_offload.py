@@ -13,6 +13,7 @@ from perfmodel.graph import decode, weight_residency
 from perfmodel.kernels.elsewhere import rates
 from perfmodel.machine import machine
 from perfmodel.schedule import operators
+from perfmodel.techniques.moe_offload import dealt
 
 # Mixtral-8x7B: one expert has 3 x 4,096 x 14,336 = 176,160,768 elements, 352.3 MB; 8 in each of 32 layers, 2 for a token.
 EXPERT = 3 * 4096 * 14336
@@ -55,6 +56,18 @@ def test_fewer_bits_on_the_way():
     assert built("moe-offload:slots=4,bits=4").decode(1, 256) < built("moe-offload:slots=4").decode(1, 256)
 
 
+def test_few_bits_expanded_before_every_use():
+    once, each = built("moe-offload:slots=4,bits=4"), built("moe-offload:slots=4,bits=4,expanded=use")
+    # One token: 2 experts of 32 layers, each matrix in 7 kernels and 14 bytes an element.
+    found = [(op, n) for op, n, _ in operators(each.lower(decode(1, 255)).schedule) if op.name.endswith(".expand")]
+    assert sum(float(n * op.launches) for op, n in found) == pytest.approx(32 * 2 * 3 * 7)
+    assert sum(float(n * t.bytes) for op, n in found for t in op.traffic) == pytest.approx(32 * 2 * EXPERT * 14)
+    held = "moe-offload:slots=8,bits=4"
+    assert built(f"{held},expanded=use").decode(1, 256) > built(held).decode(1, 256)
+    # Half of the experts, and two more in all to fetch into, lie on the device in a quarter of the bytes.
+    assert once.memory(0, 1).weights - each.memory(0, 1).weights == pytest.approx((4 * 32 + 2) * EXPERT * (2 - 0.5), rel=1e-6)
+
+
 def test_link_bound_decode_matches_the_link():
     # 32 x 352.3 MB at 63 GB/s: 178.96 ms at the datasheet rate.
     e = built("moe-offload:slots=4")
@@ -72,6 +85,24 @@ def test_a_balanced_split_beats_both_ends():
     assert experts(whole, 1) == 0
     assert experts(whole, 1, "cpu") == pytest.approx(32 * 2 * EXPERT, rel=1e-9)
     assert experts(whole, 1, "hbm") == pytest.approx(experts(built(), 1, "hbm") / 2, rel=1e-9)
+
+
+def test_whole_experts_go_one_way_or_the_other():
+    # Two needed, each missing by half, both ways a second: none, one or two miss by 1/4, 1/2 and 1/4, one second but for none.
+    assert [float(x) for x in dealt(2, 0.5, 1.0, 1.0)] == pytest.approx([0.25, 0.75])
+    # Of three misses the link, twice as fast, brings two while the CPU computes one.
+    assert [float(x) for x in dealt(3, 1.0, 2.0, 1.0)] == pytest.approx([1, 2])
+    # Many are shared out: 20 of 40 miss, 20 x 3 / 4 on the CPU.
+    assert [float(x) for x in dealt(40, 0.5, 1.0, 3.0)] == pytest.approx([15, 15])
+    shared, dealt_out = (built(f"moe-offload:slots=4,cpu=balanced,undivided={x}") for x in ("false", "true"))
+    ends = [float(built(f"moe-offload:slots=4,cpu={x}").decode(1, 256)) for x in (0, 1)]
+    assert float(shared.decode(1, 256)) < float(dealt_out.decode(1, 256)) < min(ends)
+
+
+def test_a_cpu_that_reaches_half_of_its_memory_s_rate():
+    half, all_of_it = (built(f"moe-offload:slots=0,cpu=1,gather={x}") for x in (0.5, 1))
+    moved = 32 * 2 * EXPERT * 2 / rates("cpu", machine("h200-sxm")).bandwidth
+    assert float(half.decode(1, 256) - all_of_it.decode(1, 256)) == pytest.approx(moved, rel=0.01)
 
 
 def test_a_balanced_prefill_gives_the_cpu_less():

@@ -146,16 +146,19 @@ def test_hierarchy_by_hand() -> None:
 
 def test_runs_follow_each_other_through_a_pipeline() -> None:
     plain = built(pp=4)
-    step = plain._many(1, 3, 999, is_decode=True)
+    alone, pair = (plain._many(1, n, 999, is_decode=True) for n in (1, 2))
 
     def pace(acceptance: float, cancelled: float = 1.0, runs: int = 4) -> float:
         knobs = f"by=lookup,length=2,acceptance={acceptance},in_flight={runs},cancelled={cancelled}"
         return built(f"speculation:{knobs}", pp=4).decode(1, 1000)
 
-    # Nothing is ever rejected: three tokens leave each quarter of a pass. Everything is: one token a pass, as without.
-    assert pace(1.0) == pytest.approx(step / 4 / 3)
-    assert pace(0.0) == pytest.approx(step)
-    assert pace(0.0, cancelled=0.0) == pytest.approx(step * 1.25)
+    # Nothing is ever rejected: the two drafted tokens leave each quarter of a pass. Everything is: one token a pass, as without.
+    assert pace(1.0) == pytest.approx(pair / 4 / 2)
+    assert pace(0.0) == pytest.approx(alone)
+    assert pace(0.0, cancelled=0.0) == pytest.approx(alone + pair / 4)
+    # From one rejection to the next, 1 / (1 - a) tokens: a plain pass, and a / (1 - a^2) runs of two.
+    for a in (0.3, 0.6, 0.9):
+        assert pace(a) == pytest.approx((alone + a / (1 - a**2) * pair / 4) * (1 - a))
     # More runs than stages bring no more.
     assert pace(1.0, runs=16) == pytest.approx(pace(1.0))
     rates = [pace(a) for a in (0.0, 0.3, 0.6, 0.9, 1.0)]

@@ -156,10 +156,12 @@ def _one_node(d: Deployment, estimators: Sequence[Estimator]) -> bool:
     return {e.machine.name for e in estimators} == {m.name} and devices <= m.devices_per_node
 
 
-def link(prefill: Estimator, decode: Estimator, tokens: float, *, same_node: bool = False) -> Handoff:
+def link(prefill: Estimator, decode: Estimator, tokens: float, *, same_node: bool = False, block_tokens: int = 0) -> Handoff:
     """Hand-off between two pools in the numbers a replay needs, at a typical prompt (`serving.handoff.handoff`)."""
-    found = handoff.handoff(prefill, decode, np.array([tokens]), np.zeros(1), same_node=same_node, overlapped=False)
+    found = handoff.handoff(
+        prefill, decode, np.array([tokens]), np.zeros(1), same_node=same_node, overlapped=False, block_tokens=block_tokens
+    )
     seconds = float(found.link_s[0])
     layers = max(1, prefill.model.n_layers // int(prefill.par.pp))
-    block = min(prefill.engine.block_tokens, decode.engine.block_tokens)
+    block = block_tokens or min(prefill.engine.block_tokens, decode.engine.block_tokens)
     return Handoff(seconds / tokens, float(found.exposed_s[0]) - seconds, block, layers)

@@ -17,6 +17,7 @@ from perfmodel.serving.replay.encoder import Embeddings, Encoder
 from perfmodel.serving.replay.handoff import Handoff, Transfers
 from perfmodel.serving.replay.instance import Instance
 from perfmodel.serving.replay.ledger import Ledger
+from perfmodel.serving.replay.migration import Migration, look
 from perfmodel.serving.replay.outcome import Gaps, Outcome, Usage
 from perfmodel.serving.replay.policies import POLICIES
 from perfmodel.serving.replay.prefix import answer_ids
@@ -79,12 +80,14 @@ class Fleet:
 
     pools: tuple[Pool, ...]
     routing: str = "round-robin"
-    """random, round-robin, least-loaded or prefix-affine. Decode pools never have prefixes: affine means least-loaded there."""
+    """One of routing's kinds. Decode pools never have prefixes: affine means least-loaded there."""
     affinity: Affinity = field(default_factory=Affinity)
+    migration: Migration | None = None
+    """How running sequences move between the instances, which must be of one pool; None: they stay."""
 
     def run(
         self, requests: Requests, *, seed: int = 1, front: np.ndarray | None = None, progress: Progress | None = None,
-        assigned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+        assigned: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None, found: np.ndarray | None = None,
     ) -> Outcome:
         """Replay the requests (sorted by arrival); their label `images` says how many images each carries.
 
@@ -92,9 +95,10 @@ class Fleet:
         its images, where the caller has routed them already.
 
         front: seconds each request spends before its engine (tokeniser, API server); they count in its TTFT.
+        found: prompt tokens of each request whose cache is there whichever instance takes it, so that none computes them.
         progress: called now and then with the requests that have arrived and all of them.
         """
-        return _Run(self, requests, seed, front, assigned).outcome(progress)
+        return _Run(self, requests, seed, front, assigned, found).outcome(progress)
 
 
 class _Run:
@@ -102,15 +106,19 @@ class _Run:
 
     def __init__(
         self, fleet: Fleet, requests: Requests, seed: int, front: np.ndarray | None,
-        assigned: tuple[np.ndarray, np.ndarray, np.ndarray] | None,
+        assigned: tuple[np.ndarray, np.ndarray, np.ndarray] | None, found: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         self.fleet, self.requests = fleet, requests
+        self.found = None if found is None else found.tolist()
         n = len(requests)
         self.front = np.zeros(n) if front is None else np.asarray(front, float)
         self.sent = requests.arrival.astype(float)  # of closed-loop turns: set when the turn before has ended
         self.follower = _followers(requests)
         by_clock = np.ones(n, bool)
         by_clock[list(self.follower.values())] = False
+        self.next_look = 0.0
+        if fleet.migration and len(fleet.pools) > 1:
+            raise SpecError("sequences migrate between the instances of one pool, and this fleet has several")
         self.ledger = Ledger((self.sent + self.front).tolist())
         self.rng = np.random.default_rng(seed)
         blocks = requests.blocks
@@ -184,11 +192,15 @@ class _Run:
         order = order[np.argsort(arrivals[order], kind="stable")]
         times, indices = arrivals[order].tolist(), order.tolist()
         total, at, often = len(indices), 0, max(1, len(indices) // 100)
-        heap, follow = self.heap, self.ledger.watched
+        heap, follow, migration = self.heap, self.ledger.watched, self.fleet.migration
         coming = times[0] if total else math.inf
         while True:
             if heap and (heap[0][0] < coming):
                 time, kind, _, version, x, item = heapq.heappop(heap)
+                if migration is not None and time >= self.next_look:
+                    self.next_look = time + migration.period
+                    for other in look(self.instances, migration, time):
+                        self._announce(other)
                 if kind == _TURN:
                     assert x is not None
                     if version != x.version:
@@ -196,6 +208,8 @@ class _Run:
                     x.turn()
                     if x.end < math.inf:
                         self._announce(x)
+                    if x.moving:
+                        self._migrate(x)
                     if follow:
                         self._follow(x)
                 elif x is None:
@@ -204,6 +218,8 @@ class _Run:
                 else:
                     assert item is not None
                     x.resident -= 1  # it was counted when its transfer was decided
+                    if item.delivered and item.done and not item.begun:
+                        x.reserve(item)  # of a sequence that migrates: it joins at once, or it waits for memory
                     if x.submit(item, time):
                         self._announce(x)
             elif at < total:
@@ -216,6 +232,13 @@ class _Run:
                 break
         return self._result()
 
+    def _migrate(self, x: Instance) -> None:
+        moving, x.moving = x.moving, []
+        assert self.fleet.migration is not None
+        for item, target in moving:
+            target.resident += 1
+            self._deliver(x.now + self.fleet.migration.halt, item, target)
+
     def _announce(self, x: Instance) -> None:
         x.version += 1
         self.events += 1
@@ -227,6 +250,8 @@ class _Run:
         pool = int(self.pool[index])
         prompt, output = int(r.input[index]), int(r.output[index])
         item = Item(index, prompt, output)
+        if self.found is not None:
+            item.done = min(self.found[index], prompt - 1)
         if self.images is not None and self.images[index]:
             if self.fleet.pools[pool].tower is not None:
                 item.images = self.images[index]

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 from perfmodel.serving.layered import LayeredClock
 from perfmodel.serving.replay.kv import KvBlocks
 from perfmodel.serving.replay.ledger import GapTrace, Ledger
-from perfmodel.serving.replay.policies import POLICIES, Chunks
+from perfmodel.serving.replay.migration import give_away
+from perfmodel.serving.replay.policies import POLICIES, Chunks, overtake
 from perfmodel.serving.replay.settings import Item, Settings
 
 if TYPE_CHECKING:
@@ -66,6 +67,8 @@ class Instance:
         self.releases: list[tuple[float, int, Item]] = []  # handed-over caches by the time they are acknowledged
         self.late: list[Item] = []  # joined with a token older than the step before
         self.owed = 0.0  # seconds that the next step waits for swapped caches
+        self.offers: list[Instance] = []  # that take a sequence each at the end of the step that runs
+        self.moving: list[tuple[Item, Instance]] = []  # sequences that left for another instance since the caller last looked
         self.left: list[Item] = []  # finished, rejected or prefilled since the caller last looked
         self.resident = 0
         """Requests inside."""
@@ -85,8 +88,10 @@ class Instance:
         self.prefill_left += item.prompt - item.done
         queue = self.ready if item.begun else self.waiting
         queue.append(item)
+        if self.settings.overtaken and queue is self.waiting:
+            overtake(queue, self.settings.overtaken)
         # The first in line may start at the end of the step that runs now.
-        return self.wake(time) or (len(queue) == 1 and self._interrupt(time))
+        return self.wake(time) or (len(queue) == 1 and self.interrupt(time))
 
     def wake(self, time: float) -> bool:
         """Look again, if nothing runs, because something outside has changed. True when the next turn comes earlier."""
@@ -96,9 +101,9 @@ class Instance:
         self.now = self.end = time
         return True
 
-    def _interrupt(self, time: float) -> bool:
-        """Cut a run of decode steps to those that have begun before `time`."""
-        if self.run < 2 or self.slots >= self.max_batch or self.padded:
+    def interrupt(self, time: float, *, full: bool = False) -> bool:
+        """Cut a run of decode steps to those that have begun before `time`; of a full batch only if asked."""
+        if self.run < 2 or (self.slots >= self.max_batch and not full) or self.padded:
             return False
         steps = steps_to_cover(time - self.now - self.extra, self.first, self.grow)
         if steps >= self.run:
@@ -110,6 +115,8 @@ class Instance:
         """End what runs and start the next step."""
         if self.end > self.now:
             self._commit()
+        if self.offers:
+            give_away(self)
         while self.releases and self.releases[0][0] <= self.now:
             self._free(heapq.heappop(self.releases)[2])
         self.run, self.chunks = 0, []
@@ -130,6 +137,8 @@ class Instance:
         """Take the blocks that an item needs to start; False when they are not free."""
         if not self.kv.reserve(item):
             return False
+        if item.done and not item.delivered:
+            self.kv.fetching += item.done * self.settings.fetch_seconds_per_token
         if item.hit and not item.delivered:
             item.done = item.hit
             self.prefill_left -= item.hit
@@ -255,6 +264,18 @@ class Instance:
             if self.ledger.watched:
                 self.left.append(item)
 
+    def take_out(self, victim: Item) -> int:
+        """Take a sequence that has not ended out of the batch; returns its tokens."""
+        self.decoding = [d for d in self.decoding if d[2] is not victim]
+        heapq.heapify(self.decoding)
+        self.late = [x for x in self.late if x is not victim]
+        victim.longest = max(victim.longest, self.gaps.longest_since(victim.counter))
+        produced = victim.offset + self.steps - victim.prompt - 1
+        if produced:
+            victim.last = self.now
+        victim.left -= produced
+        return self._leave_batch(victim)
+
     def _preempt(self) -> None:
         """Take the blocks of the youngest request that holds any. The oldest fits alone, or it was not admitted."""
         victim = max(self.decoding, key=lambda d: d[1])[2] if self.decoding else None
@@ -266,15 +287,7 @@ class Instance:
             self._free(victim)
         else:
             swap = self.settings.swap_seconds_per_token
-            self.decoding = [d for d in self.decoding if d[2] is not victim]
-            heapq.heapify(self.decoding)
-            self.late = [x for x in self.late if x is not victim]
-            victim.longest = max(victim.longest, self.gaps.longest_since(victim.counter))
-            produced = victim.offset + self.steps - victim.prompt - 1
-            if produced:
-                victim.last = self.now
-            victim.left -= produced
-            tokens = self._leave_batch(victim)
+            tokens = self.take_out(victim)
             victim.delivered = swap is not None
             # A swapped sequence keeps its place for the next token; a recomputed one produces it by its prefill.
             victim.prompt = tokens - 1 if victim.delivered else tokens

@@ -9,6 +9,7 @@ static    a batch starts together, is padded to its longest prompt and answer, a
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -75,6 +76,19 @@ def static(x: Instance) -> Chunks:
         item.prompt = prompt
         x.reserve(item)
     return [(item, prompt) for item in chosen]
+
+
+def overtake(waiting: deque[Item], most: int) -> None:
+    """The last in line passes those that have less of their prompt cached for what is left of it, each of them `most` times."""
+    at = len(waiting) - 1
+    while at:
+        item, before = waiting[at], waiting[at - 1]
+        behind = before.done * (item.prompt - item.done) >= item.done * (before.prompt - before.done)
+        if behind or before.begun or before.delivered or before.passed >= most:
+            return
+        before.passed += 1
+        waiting[at - 1], waiting[at] = item, before
+        at -= 1
 
 
 POLICIES: dict[str, Callable[[Instance], Chunks]] = {

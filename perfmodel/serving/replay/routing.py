@@ -3,6 +3,7 @@
 random         any, with equal probability
 round-robin    in turn
 least-loaded   fewest requests inside (prefill pools: fewest prompt tokens to compute)
+freest         most free memory per request inside, less what the waiting ones ask for (Llumnix, arXiv:2406.03243)
 prefix-affine  where most of the prompt was sent before, unless that instance is overloaded
 """
 
@@ -11,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from perfmodel.serving.replay.migration import room
 
 if TYPE_CHECKING:
     import numpy as np
@@ -50,6 +53,8 @@ def router(kind: str, instances: list[Instance], rng: np.random.Generator, affin
         return lambda item: instances[int(rng.integers(len(instances)))]
     if kind == "round-robin":
         return _RoundRobin(instances)
+    if kind == "freest":
+        return lambda item: max(instances, key=room)
     if kind == "prefix-affine" and keys:
         return PrefixAffine(instances, affinity)
     return lambda item: min(instances, key=load)

@@ -29,6 +29,11 @@ class Settings:
     """Slower memories behind the prefix cache, nearest first."""
     fetch_overlaps: bool = True
     """Fetching from a slower tier hides behind the step (layer by layer); else the step waits for it."""
+    fetch_seconds_per_token: float = 0.0
+    """To fetch a token of a prompt that was cached before the replay began, as from a slower tier."""
+    overtaken: int = 0
+    """Requests that may pass a waiting one because more of their prompt is cached, over what is left to compute (RAGCache,
+    arXiv:2404.12457, 5.2); 0: in order of arrival."""
 
 
 class Item:
@@ -36,7 +41,7 @@ class Item:
 
     __slots__ = (
         "answer", "begun", "counter", "delivered", "done", "held", "hit", "ids", "images", "index", "keys", "last", "left",
-        "longest", "offset", "order", "owned", "prompt", "started",
+        "longest", "offset", "order", "owned", "passed", "prompt", "started",
     )  # fmt: skip
 
     def __init__(self, index: int, prompt: int, output: int) -> None:
@@ -75,5 +80,7 @@ class Item:
         """When its last token came, as of when it began to decode."""
         self.longest = 0.0
         """Longest gap before it began to decode here."""
+        self.passed = 0
+        """Requests that came later and wait before it."""
         self.started = math.nan
         """When its prefill began."""
