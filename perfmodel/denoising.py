@@ -32,8 +32,6 @@ class Generation:
     """Seconds at datasheet rates with perfect overlap."""
     busy: dict[str, Num]
     """Seconds that each resource works."""
-    sigma: float
-    """Spread of the seconds: standard deviation of their logarithm, from that of the parameters."""
 
 
 def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int = 1, beside: Num = 0.0) -> Generation:
@@ -60,24 +58,26 @@ def denoise(e: Estimator, batch: Num, tokens: Num, steps: Num, *, guidance: int 
         found = technique.denoise(found, n, e.model, e.formats, e.par)
     seconds: Any = np.asarray(beside, float)
     lower: Any = 0.0
-    shaken, varied = e.machine.perturbed(), np.zeros(len(e.machine.sigma) + 1)
     busy: dict[str, Any] = {}
     for p in found.passes:
-        schedule, host = _schedule(e, n, p), e.host_seconds(n)
-        total = roofline.cost(schedule, e.machine)
+        total, host = roofline.cost(_schedule(e, n, p), e.machine), e.host_seconds(n)
         for resource, worked in {**total.busy, "host": host}.items():
             busy[resource] = busy.get(resource, 0.0) + p.times * worked
         seconds = seconds + p.times * (total.seconds + host)
         lower = lower + p.times * total.lower
-        if not np.ndim(seconds):
-            varied = varied + p.times * (roofline.cost(schedule, shaken).seconds + e.host_seconds(n, shaken))
-    steps = np.log(varied[1:] / varied[0]) if varied[0] else np.zeros(1)
-    sigma = float(np.sqrt(np.sum(steps**2) + calibration.law().residual["prefill"] ** 2))
     cached = sum((r.bytes for r in found.stored if r.tier == "hbm"), start=0.0)
-    return Generation(
-        _plain(seconds), found.passes, _plain(cached), _plain(lower), {r: _plain(x) for r, x in busy.items()},
-        max(sigma, e.machine.least_sigma),
-    )  # fmt: skip
+    return Generation(_plain(seconds), found.passes, _plain(cached), _plain(lower), {r: _plain(x) for r, x in busy.items()})
+
+
+def spread(e: Estimator, batch: float, made: Generation, *, guidance: int = 1) -> float:
+    """Standard deviation of the logarithm of a generation's seconds, from that of the parameters."""
+    n, shaken = np.asarray(batch, float) * guidance, e.machine.perturbed()
+    varied = sum(
+        (p.times * (roofline.cost(_schedule(e, n, p), shaken).seconds + e.host_seconds(n, shaken)) for p in made.passes),
+        start=np.zeros(len(e.machine.sigma) + 1),
+    )
+    steps = np.log(varied[1:] / varied[0])
+    return max(float(np.sqrt(np.sum(steps**2) + calibration.law().residual["prefill"] ** 2)), e.machine.least_sigma)
 
 
 def _schedule(e: Estimator, n: Num, p: Pass) -> Node:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from perfmodel import calibration, memory
-from perfmodel.denoising import denoise
+from perfmodel.denoising import denoise, spread
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimates import instance_price
 from perfmodel.estimator import Estimator
@@ -46,11 +46,11 @@ def generations(
             f"weights of {weights / 1e9:.1f} GB and {kept / 1e9:.1f} GB kept between steps exceed the memory of "
             f"{e.machine.device.name}", nearest="a smaller --batch, or --tp", binding=("memory",),
         )  # fmt: skip
-    spread = math.exp(calibration.P90 * made.sigma)
+    factor = math.exp(calibration.P90 * spread(e, batch, made, guidance=guidance))
     seconds, usd = float(made.seconds), instance_price(e, price)
     return {
         "seconds": seconds,
-        "interval": [max(seconds / spread, float(made.lower)), seconds * spread],
+        "interval": [max(seconds / factor, float(made.lower)), seconds * factor],
         "lower": float(made.lower),
         "per_second": batch / seconds,
         "per_second_per_device": batch / seconds / int(e.par.devices),

@@ -25,7 +25,7 @@ _BESIDE = 4.0
 _LEAST = 1e-4
 _ASKED = ("rate", "ttft", "tpot", "gap", "gaps", "attainment", "batch", "prompts", "steps", "per_token", "instances", "burst",
           "requests", "longest", "tick", "overtaken", "fetch",
-          "migration", "spare")  # fmt: skip
+          "migration", "spare", "draw")  # fmt: skip
 """Values that ask something of a pool and do not change it."""
 
 

@@ -1,6 +1,6 @@
 """What a setting measures when requests are replayed one by one: waits for memory and for a place, bursts, several instances.
 
-Lengths are spread evenly over their distributions and shuffled, gaps between arrivals are drawn; both by a fixed seed, so that
+Lengths are spread evenly over their distributions and shuffled, gaps between arrivals are drawn; both by the seed `draw`, so that
 settings at one rate see the same requests.
 """
 
@@ -28,7 +28,6 @@ _WARM = 0.1  # of the requests, which find a fleet that is still filling
 _ROUNDS = 12  # of the scale that keeps a mean although long requests are cut
 _LEAST = math.log(1e-4)  # of a rate in requests/s
 _STEP, _NEAR, _EDGE = math.log(2), 0.02, 0.05  # of its search: first step, what is near enough, least move of a bracket
-_SEED = 1
 
 
 class Replayed(Served):
@@ -38,7 +37,7 @@ class Replayed(Served):
     def _drawn(self) -> Requests:
         """The requests, one a second on average. The label `prefix`: prompt tokens cached beforehand."""
         n, burst = int(self._value("requests")), self._value("burst")
-        rng = np.random.default_rng(_SEED)
+        rng = np.random.default_rng(int(self._value("draw")))
         classes = self.setting.classes or ({"share": 1.0},)
         ends = np.rint(np.cumsum([0.0] + [c.get("share", 0.0) for c in classes]) * n).astype(int)
         if ends[-1] != n:
@@ -109,7 +108,7 @@ class Replayed(Served):
         arrival = drawn.arrival / (rate * (1 if self.setting.roles else fleet.pools[0].replicas))
         if tick:
             arrival = np.floor(arrival / tick) * tick
-        found = fleet.run(Requests(arrival, drawn.input, drawn.output), seed=_SEED, found=self._cached)
+        found = fleet.run(Requests(arrival, drawn.input, drawn.output), seed=int(self._value("draw")), found=self._cached)
         return found.take(np.arange(len(drawn)) >= _WARM * len(drawn))
 
     @cached_property

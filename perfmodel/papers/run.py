@@ -127,6 +127,7 @@ class Runner:
         self.paper = paper
         self.given = {name: p.value for name, p in paper.parameters.items()}
         self._measured: dict[tuple[str, type], Measured] = {}
+        self._found: dict[tuple[Any, ...], Measured] = {}
         self._asked: list[str] = []
 
     def value(self, text: str, change: Mapping[str, Any], kind: type[Measured] = Replayed) -> float:
@@ -142,6 +143,12 @@ class Runner:
 
     def setting(self, name: str, values: Mapping[str, Any], kind: type[Measured]) -> Measured:
         """A setting at some values of the parameters, measured."""
+        here = (name, kind, *values.values())
+        if here not in self._found:
+            self._found[here] = self._resolved(name, values, kind)
+        return self._found[here]
+
+    def _resolved(self, name: str, values: Mapping[str, Any], kind: type[Measured]) -> Measured:
         if name in self._asked:
             raise SpecError(f"settings of {self.paper.id} ask each other in a circle: {' -> '.join((*self._asked, name))}")
         self._asked.append(name)
@@ -178,7 +185,6 @@ class Runner:
         for path in expression.names(text):
             found |= {path[0]} if path[0] in self.given else inputs(self.paper, path[0])
         return found
-
 
     def presets(self, text: str) -> bool:
         """Whether a preset with assumed numbers takes part."""

@@ -21,11 +21,11 @@ _DEFAULTS: dict[str, Any] = {
     "largest": 0, "attainment": 0.9, "input_spread": 0.0, "output_spread": 0.0, "rate": 0.0, "ttft": 0.0, "tpot": 0.0,
     "chunk": 0, "steps": 0, "gap": 0.0, "gaps": 0.99, "prefill_share": 0.5, "alone_share": 0.0, "per_token": 0.0, "instances": 1,
     "burst": 1.0, "requests": 1000, "longest": 0, "cache": 0, "tick": 0.0, "message": 0, "overtaken": 0, "fetch": 0.0,
-    "migration": 0.0, "spare": 0.0,
+    "migration": 0.0, "spare": 0.0, "draw": 1,
 }  # fmt: skip
 _DEGREES = ("tp", "pp", "dp", "ep", "cp")
 _WHOLE = (*_DEGREES, "input", "output", "prefix", "prompts", "largest", "chunk", "steps", "instances", "requests", "longest",
-          "cache", "message", "overtaken")  # fmt: skip
+          "cache", "message", "overtaken", "draw")  # fmt: skip
 _OF_A_CLASS = {"share", "input", "output", "input_spread", "output_spread", "prefix"}
 _SILENT = "vllm"
 

@@ -129,6 +129,8 @@ class Setting(Spec):
     `prefix` where they differ from the setting's."""
     requests: Quantity | None = None
     """How many a replay draws."""
+    draw: Quantity | None = None
+    """Of a replay: which draw of its gaps and lengths."""
     fetch: Quantity | None = None
     """Of a replay: seconds to fetch a token of `prefix`, beside the step that needs it; 0: it lies on the device."""
     overtaken: Quantity | None = None

@@ -110,8 +110,8 @@ def _estimator(d: Deployment, p: PoolSpec) -> Estimator:
     e.model.require_next_token()
     if kind := beforehand(e.techniques):
         raise SpecError(
-            f"a replay finds cached prompt tokens itself (prefix_caching: true), and knows no other look-ups, waits or stored answers; "
-            f"leave {kind} out of the techniques"
+            f"a replay finds cached prompt tokens itself (prefix_caching: true), and knows no other look-ups, waits or stored "
+            f"answers; leave {kind} out of the techniques"
         )
     if p.role != "encode":
         e.require_fit()
