@@ -104,7 +104,8 @@ def _host(node: Node) -> Rates:
 def work_seconds(op: Op, m: Machine) -> tuple[Num, Num]:
     """Achieved and least seconds of one operator elsewhere: max(bytes / bandwidth, FLOPs / rate, exps / rate) + latency.
 
-    `rows` of the shape: vectors that meet one matrix; with many the matrix units serve.
+    `rows` of the shape: vectors that meet one matrix; with many the matrix units serve. `lasts`: time until the last of
+    uneven pieces is done over that of all in one.
     """
     r = rates(op.on, m)
     moved = sum((t.bytes for t in op.traffic if t.path == op.on), start=0.0)
@@ -114,7 +115,7 @@ def work_seconds(op: Op, m: Machine) -> tuple[Num, Num]:
     width = max((t.width for t in op.traffic if t.path == op.on and t.tensor in ("weights", "experts")), default=2.0)
     busy = np.maximum(np.maximum(moved / r.bandwidth, flops / r.rate(op.shape.get("rows", 0.0), width)), softmax)
     least = np.maximum(moved / (r.most_bandwidth or r.bandwidth), flops / (r.most_flops or r.flops))
-    return np.where(busy > 0, busy + r.latency, 0.0), least
+    return np.where(busy > 0, busy * op.shape.get("lasts", 1.0) + r.latency, 0.0), least
 
 
 def work_joules(op: Op, m: Machine) -> Num:

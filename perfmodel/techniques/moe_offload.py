@@ -184,9 +184,8 @@ class MoeOffload(Technique):
         rows = products[0].shape["m"]
         moved = rows * products[0].shape["groups"] * there * shard.hidden
         wide = shard.formats.act.width
-        busy = {unit: count * wait for unit, count in flops.items()}
-        work = Op("experts_on_cpu", "elsewhere", busy, (Traffic("experts", size * wait / self.gather, width, "cpu"),),
-                  {"rows": rows}, launches=0, on="cpu", aside=True, after=router)  # fmt: skip
+        work = Op("experts_on_cpu", "elsewhere", flops, (Traffic("experts", size / self.gather, width, "cpu"),),
+                  {"rows": rows, "lasts": wait}, launches=0, on="cpu", aside=True, after=router)  # fmt: skip
         ways = [copy(f"tokens_{name}_cpu", "host", moved, wide, tensor="activations", direction=way, contextual=False,
                      aside=True) for name, way in (("to", "write"), ("from", "read"))]  # fmt: skip
         return [work, *(replace(way, after=router) for way in ways)]
