@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from perfmodel import catalog
@@ -16,6 +18,7 @@ from perfmodel.parameters import block_weights, parameters_total
 from perfmodel.schedule import operators
 from perfmodel.spec.model import Model
 
+ROOT = Path(__file__).parents[1]
 NAMES = ("stable-diffusion-1.5", "stable-diffusion-2.1", "stable-diffusion-xl")
 
 # Seconds of Stable Diffusion 2.1, 50 steps, guidance, on an RTX A5000, plain and with DeepCache at (interval, branch) of
@@ -206,3 +209,11 @@ def test_denoisers_are_not_decoded(name: str) -> None:
     with pytest.raises(SpecError, match="perfmodel denoise"):
         model.require_next_token()
     assert catalog.load_model("llama-3-8b").require_next_token().name == "llama-3-8b"
+
+
+def test_the_worked_example_of_the_documentation() -> None:
+    text = " ".join((ROOT / "docs" / "add-a-model.md").read_text(encoding="utf-8").split())
+    model = catalog.load_model("stable-diffusion-1.5")
+    count = sum(w.elements for w in block_weights(model.blocks["res-320-640-x2"], model.hidden))
+    assert count == 9 * 320 * 640 + 640 + 9 * 640 * 640 + 640 + 320 * 640 + 640 + 1280 * 640 + 640 + 2 * (320 + 640)
+    assert f"{count:,} in all" in text
