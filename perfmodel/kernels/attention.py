@@ -14,6 +14,7 @@ from perfmodel.symbols import Num
 _KEY_BLOCK = 128  # keys one step of the inner loop multiplies
 _FEWEST_KEYS = 1e-9  # of a row whose keys all lie elsewhere: no work, and nothing to divide by
 _DECODE_ROWS = 64  # query rows of kernels made for decode: one matrix instruction of a group of warps
+_HEAD_STEP = 32  # elements of a head that kernels multiply together
 _SAME = 1e-6  # by how much groups of one size may differ
 _SLOTS = 64  # devices with a few large units (TPUs, Gaudi) pipeline the items of one unit
 _WIDE = ("bf16", "fp16", "tf32", "fp32", "fp64")
@@ -52,7 +53,7 @@ def attention(op: Op, m: Machine) -> Demands:
     if dtype is not None:
         # Keys and values that are rebuilt fill whole tiles of their own.
         rebuilt = op.shape.get("rebuild", 0.0)
-        padded = (op.flops[dtype] - rebuilt) * w.padding / _rate(dtype, m)
+        padded = (op.flops[dtype] - rebuilt) * w.padding * _widened(op) / _rate(dtype, m)
         plain = (op.flops[dtype] - rebuilt) / (m.vector * m.vector_efficiency)
         chosen = np.asarray((m.law["attention_packing"] > 0) & (op.shape.get("library", 0.0) == 0))
         on_matrix = ~w.alone & (chosen | ~w.decode | (padded <= plain))
@@ -71,6 +72,15 @@ def attention(op: Op, m: Machine) -> Demands:
 def unpacking(op: Op, m: Machine) -> Num:
     """Seconds the vector units spend on widening stored keys and values before they can be multiplied."""
     return op.shape.get("unpack", 0.0) / (m.vector * m.vector_efficiency)
+
+
+def _widened(op: Op) -> Num:
+    """Head dimensions as kernels multiply them, whole multiples of 32 elements, over those of the model.
+
+    Head size of the FlashAttention family rounded up in csrc/flash_attn/flash_api.cpp (arXiv:2307.08691): 40 as 64, 72 as 96.
+    """
+    sizes = (op.shape["head_dim"], op.shape["v_dim"])
+    return sum(np.ceil(x / _HEAD_STEP) * _HEAD_STEP for x in sizes) / sum(sizes)
 
 
 def _rate(dtype: str, m: Machine) -> Num:

@@ -210,3 +210,11 @@ def test_any_device_any_shape() -> None:
             assert cost.seconds.shape == (len(m.sigma) + 1, n.size)
             assert np.all(np.isfinite(cost.seconds))
             assert np.all(op_cost(op, m).seconds >= np.maximum(*(cost.peak[r] for r in ("compute", "hbm"))))
+
+
+@pytest.mark.parametrize(("head", "multiplied"), [(40, 64), (64, 64), (72, 96), (80, 96), (128, 128)])
+def test_heads_are_multiplied_in_whole_steps(head: int, multiplied: int) -> None:
+    """100 heads of 128 queries on 100 units; FlashAttention rounds the head size up to 32 (csrc/flash_attn/flash_api.cpp)."""
+    op = softmax_attention("x", Group(1, 128, 0), heads=100, kv_heads=100, qk_dim=head, v_dim=head, kv_elements=200 * head,
+                           kv_width=2, act_width=2, dtype="bf16")  # fmt: skip
+    assert products(op, device()) == pytest.approx(_STEP * multiplied / 128)
