@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 
-from perfmodel import calibration, memory
+from perfmodel import memory
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.serving import frontend, goodput
@@ -157,22 +156,6 @@ def _fixed_shape(e: Estimator, isl: int, osl: int) -> tuple[Mix, Instance]:
         float(memory.cache_bytes(e.model, e.par, e.formats, 1, mix.context, e.engine.block_tokens)) / mix.context
     )
     return mix, Instance(StepClock(e, mix.context), "colocated", max(e.kv_free, per_token) / per_token * int(e.par.dp))
-
-
-@lru_cache(maxsize=1024)
-def _loop_instance(
-    model: str, hardware: str, isl: int, osl: int, options: tuple[tuple[str, Any], ...]
-) -> tuple[Mix, Instance]:
-    return _fixed_shape(Estimator(model, hardware, **dict(options)), isl, osl)
-
-
-calibration.on_change(_loop_instance.cache_clear)
-
-
-def closed_loop_step(model: str, hardware: str, isl: int, osl: int, concurrency: float, **instance: Any) -> float:
-    """Mean seconds between a request's tokens with `concurrency` clients in a loop."""
-    mix, served = _loop_instance(model, hardware, isl, osl, tuple(sorted(instance.items())))
-    return served.state(_closed_loop_rate(served, mix, concurrency), mix).step
 
 
 def _mean_ttft(instance: Instance, s: State, mix: Mix) -> float:
