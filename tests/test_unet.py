@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+from every_kind import CHANGED, text
 
 from perfmodel import catalog
 from perfmodel.denoising import denoise
@@ -217,3 +219,16 @@ def test_the_worked_example_of_the_documentation() -> None:
     count = sum(w.elements for w in block_weights(model.blocks["res-320-640-x2"], model.hidden))
     assert count == 9 * 320 * 640 + 640 + 9 * 640 * 640 + 640 + 320 * 640 + 640 + 1280 * 640 + 640 + 2 * (320 + 640)
     assert f"{count:,} in all" in text
+
+
+def test_every_technique_changes_a_u_net_or_says_why_not() -> None:
+    refused: dict[str, str] = {}
+    for kind, given in CHANGED.items():
+        try:
+            found = denoise(Estimator("stable-diffusion-xl", "hgx-a100-8", techniques=[text(kind, given)]), 2, 4096, 20)
+        except SpecError as error:
+            refused[kind] = str(error)
+            continue
+        assert 0 < found.lower <= found.seconds < math.inf, kind
+    assert all(kind in why for kind, why in refused.items())
+    assert set(refused).isdisjoint({"weight-quantization", "layer-skip", "token-reduction", "power-cap"})
