@@ -39,9 +39,7 @@ def convolution(c: Convolution, s: Shard) -> list[Op]:
         window = 4 if c.resample == "down" else 1
         outputs: Num = s.hidden if last else s.hidden / tp
         seen = inputs if i or not last else c.inputs / tp
-        product = gemm(
-            f"conv_{i}", s.tokens, outputs, seen * c.kernel**2, weight=stored, act=f.act, dtype=dtype
-        )  # fmt: skip
+        product = gemm(f"conv_{i}", s.tokens, outputs, seen * c.kernel**2, weight=stored, act=f.act, dtype=dtype)
         ops += [_implicit(op, s.tokens * seen * window, c.kernel**2 / window) for op in product]
         if c.condition and i == 0:
             images: Num = sum((g.n for g in s.groups), start=0)
