@@ -1,14 +1,11 @@
 """Encode, prefill and decode in pools of their own, for models that see images (EPD, arXiv:2501.05460).
 
 The vision tower is a transformer of its own: the patches of an image attend to each other without a mask, `merge` x `merge`
-of them become one token of the language model. An encode instance is a queue like a prefill instance; its embeddings
-cross to the prefill pool, whose first token ends the wait.
+of them become one token of the language model. An encode instance is a queue like a prefill instance (`encode_pool`); its
+embeddings cross to the prefill pool, whose first token ends the wait.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -22,10 +19,8 @@ from perfmodel.schedule import Node, Repeat, Seq
 from perfmodel.serving.clock import StepClock
 from perfmodel.serving.handoff import network_path
 from perfmodel.serving.images import image_tokens, vision_of
-from perfmodel.serving.queueing import Instance, Mix, State
 from perfmodel.spec.model import Attention, Block, Layers, Mlp, Model, Vision
 
-_POINTS = 64  # of each wait's law, to add independent ones
 BOUNDLESS = 1e12
 """Tokens in the cache of an instance that keeps none."""
 
@@ -142,11 +137,6 @@ def tower_bytes(e: Estimator) -> float:
     return v.parameters * e.formats.act.width / (e.par.tp if v.heads % e.par.tp == 0 else 1)
 
 
-def encode_instance(e: Estimator, patches: float) -> Instance:
-    """One instance of an encode pool for images of `patches` patches."""
-    return Instance(EncodeClock(e, patches), "prefill", BOUNDLESS)
-
-
 def embedding_seconds(encode: Estimator, prefill: Estimator, tokens: np.ndarray | float) -> np.ndarray:
     """Seconds to send the embeddings of `tokens` image tokens [hidden x activation width each] between the two pools.
 
@@ -155,58 +145,3 @@ def embedding_seconds(encode: Estimator, prefill: Estimator, tokens: np.ndarray 
     path = network_path(encode.machine, prefill.machine)
     size = np.asarray(tokens, float) * encode.model.hidden * encode.formats.act.width
     return np.asarray(path.latency + size / min(path.send, path.receive))
-
-
-@dataclass(frozen=True)
-class Pools:
-    """Steady state of encode, prefill and decode pools in a row, one instance of each shown."""
-
-    encode: tuple[Instance, State, Mix]
-    prefill: tuple[Instance, State, Mix]
-    decode: tuple[Instance, State, Mix]
-    transfer: float
-    """Seconds the embeddings of a request take to the prefill pool."""
-
-    @property
-    def feasible(self) -> bool:
-        return not self.reason
-
-    @property
-    def reason(self) -> str:
-        """What saturates, and where; empty when nothing does."""
-        named = (("encode", self.encode), ("prefill", self.prefill), ("decode", self.decode))
-        return "; ".join(f"{name}: {s.reason}" for name, (_, s, _) in named if not s.feasible)
-
-    def ttft_quantile(self, p: float) -> float:
-        """Seconds to the first token at percentile p: encode, transfer and prefill one after the other.
-
-        The two queues are taken as independent (Jackson, Operations Research 5, 1957, for exponential ones).
-        """
-        first, then = (_law(*stage) for stage in (self.encode, self.prefill))
-        return float(np.quantile(np.add.outer(first, then) + self.transfer, p))
-
-    def tpot_quantile(self, p: float) -> float:
-        """Seconds per token after the first at percentile p."""
-        instance, state, mix = self.decode
-        return instance.tpot_quantile(p, state, mix)
-
-
-def _law(instance: Instance, state: State, mix: Mix) -> np.ndarray:
-    shares = (np.arange(_POINTS) + 0.5) / _POINTS
-    quantile: Callable[[float], float] = lambda p: instance.ttft_quantile(p, state, mix)  # noqa: E731
-    return np.array([quantile(float(p)) for p in shares])
-
-
-def pools(
-    encode: Instance, prefill: Instance, decode: Instance, *, replicas: tuple[int, int, int], rate: float, mix: Mix,
-    images: np.ndarray, transfer: float,
-) -> Pools:  # fmt: skip
-    """Three pools at `rate` requests per second together.
-
-    mix: input tokens with those of the images, output tokens. images: of each request of the mix. replicas: instances of
-    (encode, prefill, decode). transfer: from `embedding_seconds`.
-    """
-    seen = replace(mix, input=np.asarray(images, float), output=np.ones(mix.output.shape))
-    parts = ((encode, seen), (prefill, mix), (decode, mix))
-    stages = [(i, i.state(rate / n, m), m) for (i, m), n in zip(parts, replicas, strict=True)]
-    return Pools(stages[0], stages[1], stages[2], transfer)

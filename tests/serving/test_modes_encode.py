@@ -8,16 +8,8 @@ import pytest
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.schedule import operators
-from perfmodel.serving.clock import StepClock
-from perfmodel.serving.encode import (
-    embedding_seconds,
-    encode_instance,
-    encode_seconds,
-    pools,
-    tower_program,
-)
+from perfmodel.serving.encode import embedding_seconds, encode_seconds, tower_program
 from perfmodel.serving.images import image_tokens
-from perfmodel.serving.queueing import Instance, Mix
 
 
 @pytest.fixture(scope="module")
@@ -69,41 +61,6 @@ def test_embeddings_by_hand(qwen):
     assert embedding_seconds(qwen, qwen, 1296.0) == pytest.approx(
         m.network_latency + 1296 * 3584 * 2 / (50e9 * m.network_efficiency)
     )
-
-
-def fifo(arrival, work):
-    """Ends of a queue with one server."""
-    end, free = np.empty(arrival.size), 0.0
-    for k, (a, w) in enumerate(zip(arrival, work, strict=True)):
-        free = end[k] = max(free, a) + w
-    return end
-
-
-def test_time_to_first_token_equals_a_simulation_of_the_queues(qwen):
-    """Encode and prefill as FIFO servers in a row, one replica each: p50 within 10 %, p95 within 20 %."""
-    patches, tokens = image_tokens(qwen.model, 1024, 1024)
-    images = np.array([1.0, 2.0, 4.0])
-    mix = Mix(200 + images * tokens, np.array([50.0, 100.0, 150.0]), np.array([0.5, 0.3, 0.2]))
-    encode = encode_instance(qwen, float(patches))
-    clock = StepClock(qwen, mix.context)
-    prefill, decode = (Instance(clock, role, 1e9) for role in ("prefill", "decode"))
-    rate = 0.6 / mix.mean(encode.clock.prefill_work(images, 0, 0))
-    transfer = 2e-4
-    found = pools(encode, prefill, decode, replicas=(1, 1, 1), rate=rate, mix=mix, images=images, transfer=transfer)
-    assert found.feasible
-    rng = np.random.default_rng(4)
-    n = 40_000
-    pick = rng.choice(3, n, p=mix.weight)
-    arrival = np.cumsum(rng.exponential(1 / rate, n))
-    encoded = fifo(arrival, encode.clock.prefill_work(images, 0, 0)[pick])
-    first = fifo(encoded + transfer, clock.prefill_work(mix.input, 0, 0)[pick])
-    assert found.ttft_quantile(0.5) == pytest.approx(np.percentile(first - arrival, 50), rel=0.1)
-    assert found.ttft_quantile(0.95) == pytest.approx(np.percentile(first - arrival, 95), rel=0.2)
-    # A second encode instance shortens the path; ten times the rate names the pool that saturates.
-    options = {"mix": mix, "images": images, "transfer": transfer}
-    wider = pools(encode, prefill, decode, replicas=(2, 1, 1), rate=rate, **options)
-    assert wider.ttft_quantile(0.95) < found.ttft_quantile(0.95)
-    assert "encode: " in pools(encode, prefill, decode, replicas=(1, 1, 1), rate=10 * rate, **options).reason
 
 
 def test_a_model_without_eyes_is_refused(estimator):
