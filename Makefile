@@ -27,8 +27,9 @@ demo: $(VENV)/.installed
 	@find $(DEMO) -name '*.html' -exec echo 'Open the report: {}' ';'
 
 # The static checks are tests too (tests/packaging/test_static.py), so one command covers everything.
+# A file's tests stay together, on as many processors as there are.
 test: $(VENV)/.installed-all
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-all
 	$(BIN)/ruff check .
