@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from perfmodel.errors import PerfmodelError, SpecError
-from perfmodel.papers import expression
 from perfmodel.papers.replayed import Replayed
 from perfmodel.papers.run import Runner
-from perfmodel.papers.setting import Resolved, merged
+from perfmodel.papers.setting import Resolved, compared, merged
 from perfmodel.spec.paper import Paper
 
 _SAME = ("model", "hardware")
@@ -75,8 +74,7 @@ def _side(runner: Runner, name: str) -> Side:
 def _candidates(paper: Paper) -> Iterator[tuple[str, str]]:
     """Pairs of settings, the likeliest first: of a claim that names two; a setting and the same with more techniques; two
     that do the same work; any two of one model on one machine."""
-    texts = [c.predict for c in paper.claims if c.predict] + [p.predict for p in paper.predictions]
-    named = [[n for n in paper.settings if n in {path[0] for path in expression.names(text)}] for text in texts]
+    named = compared(paper)
     yield from ((a, b) for a, b in (n for n in named if len(n) == 2))
     for more, fields in ((True, (*_SAME, *_WORK, *_STACK)), (False, (*_SAME, *_WORK)), (False, _SAME)):
         for names in (*named, list(paper.settings)):

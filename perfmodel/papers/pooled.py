@@ -7,16 +7,16 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from perfmodel.errors import PerfmodelError
 from perfmodel.explain.compare import crossing, seconds
-from perfmodel.papers import expression
 from perfmodel.papers.pool import Pool
 from perfmodel.papers.replayed import Replayed
 from perfmodel.papers.run import Runner
 from perfmodel.papers.served import Served, pool_of
-from perfmodel.papers.setting import estimator
+from perfmodel.papers.setting import compared, estimator, merged
 from perfmodel.spec.paper import Paper
 
 _LOADS = (0.3, 0.6, 0.9)  # of the lesser saturation
@@ -65,7 +65,7 @@ class Layout:
     name: str
     parts: tuple[Part, ...]
 
-    @property
+    @cached_property
     def _end(self) -> tuple[float, Part]:
         return min(((p.pool.highest(lambda _: True) / p.share, p) for p in self.parts), key=lambda x: x[0])
 
@@ -159,10 +159,8 @@ def _comparable(first: Served, second: Served) -> bool:
 
 
 def _candidates(paper: Paper) -> Iterator[tuple[str, str]]:
-    roles = {name: bool(_inherited(paper, name)) for name in paper.settings}
-    texts = [c.predict for c in paper.claims if c.predict] + [p.predict for p in paper.predictions]
-    named = [[n for n in paper.settings if n in {path[0] for path in expression.names(text)}] for text in texts]
-    for names in (*named, list(paper.settings)):
+    roles = {name: bool(merged(paper, name).get("roles")) for name in paper.settings}
+    for names in (*compared(paper), list(paper.settings)):
         for wanted in (1, 2, 0):
             for a, b in itertools.combinations(names, 2):
                 if roles[a] + roles[b] == wanted:
@@ -173,11 +171,6 @@ def _ancestors(paper: Paper, name: str) -> list[str]:
     """Settings that this one is like: what it changes is the proposal."""
     like = paper.settings[name].like
     return [like, *_ancestors(paper, like)] if like else []
-
-
-def _inherited(paper: Paper, name: str) -> Any:
-    setting = paper.settings[name]
-    return setting.roles or (_inherited(paper, setting.like) if setting.like else None)
 
 
 def _layout(name: str, measured: Served) -> Layout:

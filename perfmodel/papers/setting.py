@@ -11,7 +11,7 @@ from typing import Any
 from perfmodel import calibration, catalog
 from perfmodel.errors import SpecError, UnknownName, did_you_mean
 from perfmodel.estimator import Estimator
-from perfmodel.papers.expression import evaluate
+from perfmodel.papers.expression import evaluate, names
 from perfmodel.spec import yaml
 from perfmodel.spec.paper import Paper, Setting, System, Systems
 from perfmodel.techniques.registry import kinds, technique
@@ -97,6 +97,12 @@ def merged(paper: Paper, name: str, seen: tuple[str, ...] = ()) -> dict[str, Any
         return own
     base = merged(paper, setting.like, (*seen, name))
     return _over(base, own)
+
+
+def compared(paper: Paper) -> list[list[str]]:
+    """Settings that each claim and prediction of a paper names, in the file's order."""
+    texts = [c.predict for c in paper.claims if c.predict] + [p.predict for p in paper.predictions]
+    return [[n for n in paper.settings if n in {path[0] for path in names(text)}] for text in texts]
 
 
 def _over(base: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
