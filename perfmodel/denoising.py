@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from perfmodel import calibration, roofline
+from perfmodel import parts, roofline
 from perfmodel.errors import SpecError
 from perfmodel.estimator import Estimator
 from perfmodel.graph import Phase
@@ -76,8 +76,7 @@ def spread(e: Estimator, batch: float, made: Generation, *, guidance: int = 1) -
         (p.times * (roofline.cost(_schedule(e, n, p), shaken).seconds + e.host_seconds(n, shaken)) for p in made.passes),
         start=np.zeros(len(e.machine.sigma) + 1),
     )
-    steps = np.log(varied[1:] / varied[0])
-    return max(float(np.sqrt(np.sum(steps**2) + calibration.law().residual["prefill"] ** 2)), e.machine.least_sigma)
+    return parts.spread(np.log(varied[1:] / varied[0]), "prefill", e.machine)
 
 
 def _schedule(e: Estimator, n: Num, p: Pass) -> Node:

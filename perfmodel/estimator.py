@@ -17,7 +17,7 @@ from perfmodel.formats import choose_formats
 from perfmodel.machine import Machine, from_node, machine
 from perfmodel.memory import Memory
 from perfmodel.ops.shard import Group, Load, Parallelism
-from perfmodel.parts import Parts
+from perfmodel.parts import Parts, spread
 from perfmodel.spec.hardware import Node
 from perfmodel.spec.model import Model
 from perfmodel.symbols import Num
@@ -337,8 +337,7 @@ class Estimator:
         rows = roofline.cost(program.schedule, shaken)
         seconds = np.broadcast_to(self._finish(rows, batch, new, is_decode, shaken), (len(self.machine.sigma) + 1,))
         steps = np.log(seconds[1:] / seconds[0])
-        residual = calibration.law().residual["decode" if is_decode else "prefill"]
-        sigma = max(float(np.sqrt(np.sum(steps**2) + residual**2)), self.machine.least_sigma)
+        sigma = spread(steps, "decode" if is_decode else "prefill", self.machine)
         return Parts(
             expected,
             self._least(way, batch, context, float(total.lower) * passes),

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from perfmodel import calibration, memory
+from perfmodel import memory
 from perfmodel.denoising import denoise, spread
 from perfmodel.errors import Infeasible, SpecError
 from perfmodel.estimates import instance_price
 from perfmodel.estimator import Estimator
+from perfmodel.parts import interval
 from perfmodel.spec.model import Model
 
 
@@ -46,12 +46,11 @@ def generations(
             f"weights of {weights / 1e9:.1f} GB and {kept / 1e9:.1f} GB kept between steps exceed the memory of "
             f"{e.machine.device.name}", nearest="a smaller --batch, or --tp", binding=("memory",),
         )  # fmt: skip
-    factor = math.exp(calibration.P90 * spread(e, batch, made, guidance=guidance))
-    seconds, usd = float(made.seconds), instance_price(e, price)
+    seconds, lower, usd = float(made.seconds), float(made.lower), instance_price(e, price)
     return {
         "seconds": seconds,
-        "interval": [max(seconds / factor, float(made.lower)), seconds * factor],
-        "lower": float(made.lower),
+        "interval": list(interval(seconds, spread(e, batch, made, guidance=guidance), lower)),
+        "lower": lower,
         "per_second": batch / seconds,
         "per_second_per_device": batch / seconds / int(e.par.devices),
         "usd_per_thousand": usd[0] * seconds / batch * 1000 if usd[0] is not None else None,
