@@ -8,7 +8,7 @@ import click
 
 from perfmodel.cli.group import common_options
 from perfmodel.cli.options import Quantity, estimate_arguments, instance_options
-from perfmodel.cli.text import echo_json, heading, number, plural, seconds, size, table
+from perfmodel.cli.text import NO_PRICE, busiest, echo_json, heading, number, plural, seconds, size, table
 from perfmodel.errors import SpecError
 
 
@@ -51,7 +51,7 @@ def _pixels(text: str | None) -> tuple[int, int] | None:
 
 def page(result: dict[str, Any]) -> str:
     """The result as one page of text."""
-    c, busy, m = result["configuration"], result["busy_s"], result["memory"]
+    c, m = result["configuration"], result["memory"]
     what = plural(c["batch"], c["kind"])
     guided = f", each under {c['guidance']} conditions" if c["guidance"] > 1 else ""
     node = f" ({c['hardware']})" if c["hardware"] != c["device"] else ""
@@ -69,12 +69,11 @@ def page(result: dict[str, Any]) -> str:
     times = table(rows, right=(1, 2, 3)) + "\n  least: everything overlaps at datasheet rates."
     rate = f"  {number(result['per_second'])} {c['kind']}s/s, {number(result['per_second_per_device'])} per device"
     if result["usd_per_thousand"] is None:
-        rate += "\n  no price in the catalogue: --price '25 USD/h' gives the price of a node"
+        rate += f"\n  {NO_PRICE}"
     else:
         rate += f"\n  {number(result['usd_per_thousand'])} USD per thousand {c['kind']}s ({result['price_source']})"
-    longest = sorted(busy.items(), key=lambda item: -item[1])
-    shares = [f"{name} {s / result['seconds']:.0%}" for name, s in longest if s / result["seconds"] >= 0.005]
-    bound = f"{heading('Busy time of each resource')} (they overlap)\n  {result['bottleneck']}-bound: {', '.join(shares)}"
+    shares = busiest(result["busy_s"], result["seconds"])
+    bound = f"{heading('Busy time of each resource')} (they overlap)\n  {result['bottleneck']}-bound: {shares}"
     held = [["weights", size(m["weights"])], ["kept between steps", size(m["kept"])], ["device", size(m["capacity"])]]
     memory = f"{heading('Memory per device')} (without activations)\n{table(held, right=(1,))}"
     return "\n\n".join([title, times, rate, bound, memory, f"Evidence: {result['provenance']}."])

@@ -8,7 +8,7 @@ import click
 
 from perfmodel.cli.group import common_options
 from perfmodel.cli.options import FromPlan, estimate_arguments, estimate_options
-from perfmodel.cli.text import echo_json, heading, number, plural, seconds, size, table
+from perfmodel.cli.text import NO_PRICE, busiest, echo_json, heading, number, plural, seconds, size, table
 
 
 @click.command(cls=FromPlan)
@@ -71,7 +71,7 @@ def _times(result: dict[str, Any]) -> str:
     rate, each = result["output_tokens_per_s"], result["output_tokens_per_s_per_device"]
     text = f"{table(rows, right=(1, 2, 3))}\n{note}\n\n  {number(rate)} output tokens/s, {number(each)} per device"
     if result["usd_per_million_output_tokens"] is None:
-        return f"{text}\n  no price in the catalogue: --price '25 USD/h' gives the price of a node"
+        return f"{text}\n  {NO_PRICE}"
     return (
         f"{text}\n  {number(result['usd_per_million_output_tokens'])} USD per million output tokens "
         f"at {number(result['usd_per_hour'])} USD/h ({result['price_source']})"
@@ -89,9 +89,7 @@ def _busy(result: dict[str, Any]) -> str:
         busy, whole = result["busy_s"][phase], result[key]
         if busy is None:
             continue
-        longest = sorted(busy.items(), key=lambda item: -item[1])
-        shares = [f"{name} {s / whole:.0%}" for name, s in longest if s / whole >= 0.005]
-        rows.append([phase, f"{result['bottleneck'][phase]}-bound", ", ".join(shares)])
+        rows.append([phase, f"{result['bottleneck'][phase]}-bound", busiest(busy, whole)])
     return heading("Busy time of each resource") + " (they overlap)\n" + table(rows)
 
 

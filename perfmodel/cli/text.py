@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import click
@@ -65,6 +65,15 @@ def tally(x: float) -> str:
         if rounded >= factor:
             return number(x / factor) + letter
     return f"{x:,.0f}"
+
+
+NO_PRICE = "no price in the catalogue: --price '25 USD/h' gives the price of a node"
+
+
+def busiest(busy: Mapping[str, float], whole: float) -> str:
+    """Busy time of each resource as a share of the whole, longest first, without what rounds to nothing."""
+    longest = sorted(busy.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name} {s / whole:.0%}" for name, s in longest if s / whole >= 0.005)
 
 
 def plural(n: int, one: str) -> str:
