@@ -24,8 +24,7 @@ _IDLE = 1e-5  # requests/s of an instance that is idle
 _BESIDE = 4.0
 _LEAST = 1e-4
 _ASKED = ("rate", "ttft", "tpot", "gap", "gaps", "attainment", "batch", "prompts", "steps", "per_token", "instances", "burst",
-          "requests", "longest", "tick", "overtaken", "fetch",
-          "migration", "spare", "draw")  # fmt: skip
+          "requests", "longest", "tick", "overtaken", "fetch", "migration", "spare", "draw")  # fmt: skip
 """Values that ask something of a pool and do not change it."""
 
 

@@ -16,6 +16,9 @@ from perfmodel.serving.clock import StepClock
 from perfmodel.serving.preemption import pressure, swap_seconds
 from perfmodel.serving.queueing import Instance, Mix, State
 
+Fetch = tuple[float, dict[str, float]]
+"""What `Estimator.fetching` says of a prompt."""
+
 _PERCENTILES = (0.5, 0.9, 0.95, 0.99)
 _LEAVES = 0.999
 """Share of the front end's rate that is still below its saturation."""
@@ -42,23 +45,23 @@ def serving_summary(
     if rate is not None and concurrency is not None:
         raise SpecError("give either --rate (open loop) or --concurrency (closed loop), not both")
     mix, instance = _fixed_shape(e, isl, osl)
-    carried = _carried(e, mix)
+    carried, fetch = _carried(e, mix), e.fetching(isl)
     closed = concurrency is not None
     reaches = max(1 - float(e.request(isl).answered), 1e-9)
     if rate is not None:
         rate = rate * reaches
     if concurrency is not None:
-        rate = _closed_loop_rate(instance, mix, concurrency, lambda s: _outside(e, s, mix), carried)
+        rate = _closed_loop_rate(instance, mix, concurrency, lambda s: _outside(e, s, mix, fetch), carried)
     assert rate is not None
     state = instance.state(rate, mix)
-    fetched, link, busy = _fetched(e, rate, mix)
+    fetched, link, busy = _fetched(e, rate, fetch)
     reason = state.reason or ("the front end saturates" if rate >= carried else "")
     reason = reason or (f"{link} cannot deliver the cached prompt tokens" if busy >= 1 else "")
     if reason:
         delivered = rate / busy if busy else math.inf
         most = _below(min(goodput.highest_rate(instance, mix), _LEAVES * min(carried, delivered)) / reaches)
         raise Infeasible(f"{rate / reaches:.3g} requests/s: {reason}", nearest=f"--rate {most}", binding=(reason,))
-    outside = _outside(e, state, mix)
+    outside = _outside(e, state, mix, fetch)
     result: dict[str, Any] = {
         "rate_per_s": rate / reaches, "concurrency": concurrency or rate * (_residence(instance, state, mix) + outside),
         "front_end": {"ttft_s": outside - fetched, "utilisation": rate / carried},
@@ -82,7 +85,7 @@ def serving_summary(
         result[name] = {f"p{p * 100:g}": quantile(p, state, mix) for p in _PERCENTILES}
     if ttft is None and tpot is None:
         return result
-    return result | _against(e, instance, state, mix, goodput.Goals(ttft, tpot))
+    return result | _against(e, instance, state, mix, goodput.Goals(ttft, tpot), fetch)
 
 
 def _carried(e: Estimator, mix: Mix) -> float:
@@ -103,17 +106,17 @@ def _memory(e: Estimator, instance: Instance, s: State, mix: Mix) -> dict[str, A
     }  # fmt: skip
 
 
-def _outside(e: Estimator, s: State, mix: Mix) -> float:
+def _outside(e: Estimator, s: State, mix: Mix, fetch: Fetch) -> float:
     """Seconds of a first token outside the engine's steps, infinite where what it waits for saturates."""
-    return float(frontend.before_engine(e.engine, s, mix)[0]) + _fetched(e, s.rate, mix)[0]
+    return float(frontend.before_engine(e.engine, s, mix)[0]) + _fetched(e, s.rate, fetch)[0]
 
 
-def _fetched(e: Estimator, rate: float, mix: Mix) -> tuple[float, str, float]:
+def _fetched(e: Estimator, rate: float, fetch: Fetch) -> tuple[float, str, float]:
     """Wait for what is looked up and fetched of a prompt [s], the busiest link or decoder of it, and its busy share.
 
     Beyond what the prompt's own pass hides, a fetch waits for those before it: M/D/1, rho x seconds / (2 (1 - rho)).
     """
-    wait, links = e.fetching(float(mix.input[0]))
+    wait, links = fetch
     if not links:
         return wait, "", 0.0
     name = max(links, key=lambda x: links[x])
@@ -127,9 +130,9 @@ def _below(rate: float) -> str:
     return f"{math.floor(rate / unit) * unit:.3g}"
 
 
-def _against(e: Estimator, instance: Instance, state: State, mix: Mix, goals: goodput.Goals) -> dict[str, Any]:
+def _against(e: Estimator, instance: Instance, state: State, mix: Mix, goals: goodput.Goals, fetch: Fetch) -> dict[str, Any]:
     """Shares that meet the limits, and what they make of the rate."""
-    outside = _outside(e, state, mix)
+    outside = _outside(e, state, mix, fetch)
     shares = {}
     if goals.ttft is not None:
         shares["ttft"] = goodput.attainment(instance, state, mix, goodput.Goals(ttft=goals.ttft), outside=outside)
@@ -137,7 +140,7 @@ def _against(e: Estimator, instance: Instance, state: State, mix: Mix, goals: go
         shares["tpot"] = instance.tpot_met(goals.tpot, state, mix)
     both = goodput.attainment(instance, state, mix, goals, outside=outside)
     most = goodput.capacity(
-        instance, mix, goals, outside=lambda s: _outside(e, s, mix), most=_LEAVES * _carried(e, mix)
+        instance, mix, goals, outside=lambda s: _outside(e, s, mix, fetch), most=_LEAVES * _carried(e, mix)
     )
     devices = int(instance.clock.estimator.par.devices)
     return {
