@@ -23,3 +23,20 @@ PLAIN: dict[str, Any] = {
          "predict": "full.tpot / narrow.tpot"},
     ],
 }  # fmt: skip
+
+SOME = """
+id: some
+title: Some
+date: "2024-01"
+arxiv: "2401.00001"
+system: Some
+family: scheduling-batching
+relation: technique
+mechanism: Some.
+parameters:
+  model: {value: llama-2-7b, from: paper, source: s}
+  device: {value: a100-sxm-80gb, from: paper, source: s}
+  input: {value: 800, from: paper, source: s}
+  output: {value: 100, from: paper, source: s}
+"""
+"""The head of a file whose settings serve 800 + 100 tokens a request; parameters and settings follow."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paper_files import SOME
 
 from perfmodel.papers import run
 from perfmodel.papers.served import Served
@@ -14,42 +15,29 @@ from perfmodel.serving.clock import StepClock
 from perfmodel.serving.modes import policy_clock
 from perfmodel.serving.split import Sides
 
-_PAPER = """
-id: some
-title: Some
-date: "2024-01"
-arxiv: "2401.00001"
-system: Some
-family: scheduling-batching
-relation: technique
-mechanism: Some.
-parameters:
-  model: {{value: llama-2-7b, from: paper, source: s}}
-  device: {{value: a100-sxm-80gb, from: paper, source: s}}
-  input: {{value: 800, from: paper, source: s}}
-  output: {{value: 100, from: paper, source: s}}
-  two: {{value: 2, from: paper, source: s}}
-  half: {{value: 0.5, from: paper, source: s}}
-  rate: {{value: 1.5, from: paper, source: s}}
-  ttft: {{value: 0.4, from: paper, source: s}}
-  tpot: {{value: 0.05, from: paper, source: s}}
+_PAPER = SOME + """\
+  two: {value: 2, from: paper, source: s}
+  half: {value: 0.5, from: paper, source: s}
+  rate: {value: 1.5, from: paper, source: s}
+  ttft: {value: 0.4, from: paper, source: s}
+  tpot: {value: 0.05, from: paper, source: s}
 settings:
-  one: {{model: "=model", hardware: "=device", input: "=input", output: "=output", rate: "=rate", ttft: "=ttft", tpot: "=tpot"}}
-  strict: {{like: one, ttft: "=ttft / two"}}
-  unlike: {{like: one, batch: max, output_spread: "=half"}}
-  alike: {{like: one, batch: max}}
-  together: {{like: unlike, batching: static}}
-  staged: {{like: one, pp: "=two"}}
-  whole: {{like: staged, policy: whole}}
-  pools: {{like: one, roles: {{prefill: {{devices: 1}}, decode: {{devices: 1}}}}}}
+  one: {model: "=model", hardware: "=device", input: "=input", output: "=output", rate: "=rate", ttft: "=ttft", tpot: "=tpot"}
+  strict: {like: one, ttft: "=ttft / two"}
+  unlike: {like: one, batch: max, output_spread: "=half"}
+  alike: {like: one, batch: max}
+  together: {like: unlike, batching: static}
+  staged: {like: one, pp: "=two"}
+  whole: {like: staged, policy: whole}
+  pools: {like: one, roles: {prefill: {devices: 1}, decode: {devices: 1}}}
 predictions:
-  - {{metric: m, unit: x, setting: s, predict: {predict}}}
+  - {metric: m, unit: x, setting: s, predict: PREDICTED}
 """
 
 
 def _runner(tmp_path: Path, predict: str = "one.goodput / strict.goodput") -> run.Runner:
     path = tmp_path / "some.yaml"
-    path.write_text(_PAPER.format(predict=predict), encoding="utf-8")
+    path.write_text(_PAPER.replace("PREDICTED", predict), encoding="utf-8")
     return run.Runner(run.load(str(path)))
 
 

@@ -7,26 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from paper_files import SOME
 
 from perfmodel.errors import SpecError
 from perfmodel.papers import run
 from perfmodel.papers.replayed import Replayed
 from perfmodel.papers.setting import estimator
 
-_PAPER = """
-id: some
-title: Some
-date: "2024-01"
-arxiv: "2401.00001"
-system: Some
-family: scheduling-batching
-relation: technique
-mechanism: Some.
-parameters:
-  model: {value: llama-2-7b, from: paper, source: s}
-  device: {value: a100-sxm-80gb, from: paper, source: s}
-  input: {value: 800, from: paper, source: s}
-  output: {value: 100, from: paper, source: s}
+_PAPER = SOME + """\
   many: {value: 400, from: paper, source: s}
   two: {value: 2, from: paper, source: s}
   half: {value: 0.5, from: paper, source: s}
