@@ -11,6 +11,7 @@ import pytest
 
 BAD, INFEASIBLE = 2, 3
 ESTIMATE = ("estimate", "--model", "llama-3.1-8b", "--hw", "h100-sxm")
+DENOISE = ("denoise", "--model", "stable-diffusion-xl", "--hw", "a100-sxm-80gb")
 
 
 def check(outcome: Any, code: int, *wanted: str) -> None:
@@ -98,6 +99,10 @@ def test_bad_options(cli: Callable[..., Any], more: tuple[object, ...], wanted: 
         (("--specs", "/no/such/folder", "models", "list"), ("/no/such/folder",)),
         (("plan", "no-such-workload.yaml"), ("no-such-workload.yaml",)),
         (("explain", "--model", "llama-3.1-8b", "--hw", "h100-sxm", "--bach", 2), ("did you mean '--batch'?",)),
+        ((*DENOISE, "--size", "big"), ("--size", "WIDTHxHEIGHT", "'big'")),
+        ((*DENOISE, "--size", "1024x1024x3"), ("--size", "WIDTHxHEIGHT", "'1024x1024x3'")),
+        ((*DENOISE, "--size", "1000x1000"), ("--size", "multiples of 32 pixels", "1000x1000")),
+        (DENOISE, ("--size", "--tokens")),
     ],
 )  # fmt: skip
 def test_bad_names_and_verbs(cli: Callable[..., Any], arguments: tuple[object, ...], wanted: tuple[str, ...]) -> None:
